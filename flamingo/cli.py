@@ -1,0 +1,143 @@
+"""`flamingo ...`: one command, whose parts import what is heavy only when they run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flamingo.data.commands import app as data_app
+
+app = typer.Typer(
+    help="Flamingo: a frozen language model that sees. Make data, train, evaluate, ask.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes side by side. Default: one per GPU; on a CPU, two.", show_default=False),
+]
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """The user's mistakes in one line, exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def backbones(
+    out: Annotated[Path, typer.Argument(help="Folder for the converted weights.")] = Path("data/backbones"),
+) -> None:
+    """Convert the embedded frozen backbones (SmolLM2-135M-Instruct, EfficientNet-Lite0) once."""
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    from flamingo.backbones import prepare
+
+    with plain_errors():
+        prepare(out, typer.echo)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML recipe; see train/recipes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. steps=100 optimizer.lr=1e-4.")
+    ] = None,
+    resume: Resume = False,
+    processes: Processes = None,
+) -> None:
+    """Train as a recipe says, on all GPUs or on two CPU processes, with DeepSpeed's launcher."""
+    from flamingo.train.launch import launch
+
+    with plain_errors():
+        raise typer.Exit(launch(recipe, overrides or [], resume, processes))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model folder, e.g. runs/quickstart/model.")],
+    out: Annotated[Path | None, typer.Option(help="Where results go. Default: the model's parent.")] = None,
+    benchmark: Annotated[str, typer.Option(help="Name of a benchmark.")] = "easy_vqa",
+    control_limit: Annotated[
+        int, typer.Option(min=1, help="Queries for 4 shots and the controls, a fixed sample.")
+    ] = 2000,
+    limit: Annotated[int | None, typer.Option(min=1, help="Queries for 0 shots. Default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the sample and the shots.")] = 0,
+    processes: Processes = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete answers that are there.")] = False,
+) -> None:
+    """Few-shot evaluation with controls: 0 and 4 shots, images blanked, shots without images."""
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    from flamingo.eval.session import evaluate as run
+
+    with plain_errors():
+        folder = out or model.parent
+        summary = run(model, folder, benchmark, control_limit, limit, processes, seed, overwrite)
+        for name, result in summary["settings"].items():
+            low, high = result["interval"]
+            typer.echo(
+                f"{name:32} {result['accuracy']:7.2%}  ({low:.1%} to {high:.1%}, {result['n']} questions)"
+            )
+        typer.echo(f"{folder / 'eval.json'}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/quickstart.")],
+) -> None:
+    """Write report.html and report.json of a run: figures, curves, and where the model looked."""
+    from flamingo.eval.report import write_report
+
+    with plain_errors():
+        typer.echo(f"{write_report(run)}")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="Model folder, e.g. runs/quickstart/model.")],
+    prompt: Annotated[str, typer.Option(help="Text; <image> stands where a picture stands.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture; give one per <image>.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+) -> None:
+    """Answer a prompt about pictures. Without <image> in the prompt, pictures come first."""
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    from flamingo.answer import answer
+
+    with plain_errors():
+        typer.echo(answer(model, prompt, image or [], max_new_tokens))
+
+
+@app.command()
+def quickstart(
+    run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+    data: Annotated[Path, typer.Option(help="Folder for backbones and shards.")] = Path("data"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps end sooner.")] = None,
+) -> None:
+    """The main job on the embedded default: data, training, evaluation, report."""
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    from flamingo.quickstart import main
+
+    with plain_errors():
+        main(run, data, steps, typer.echo)
+
+
+if __name__ == "__main__":
+    app()

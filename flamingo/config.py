@@ -1,0 +1,115 @@
+"""FlamingoConfig: everything that fixes the architecture. Knows no other room."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PreTrainedConfig
+
+ADDED_TOKENS = ("<|endofchunk|>", "<image>")  # the order of released OpenFlamingo tokenizers
+
+
+class FlamingoVisionConfig(PreTrainedConfig):
+    """The frozen encoder: where it comes from and what its patch grid looks like.
+
+    source: file name in `flamingo/vision/` that builds it; name: its name there;
+    width: channels of the grid; grid: (rows, columns) at `image_size` pixels;
+    mean, std: RGB normalisation of pixels in [0, 1]; kwargs: passed to the source.
+    """
+
+    model_type = "flamingo_vision"
+    base_config_key = "vision_config"
+
+    source: str = "timm"
+    name: str = "tf_efficientnet_lite0"
+    image_size: int = 224
+    width: int = 1280
+    grid: list[int] | tuple[int, ...] = (7, 7)
+    mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    kwargs: dict | None = None
+
+
+class FlamingoConfig(PreTrainedConfig):
+    """Architecture of a Flamingo: frozen encoder, resampler, gated blocks, frozen LM.
+
+    Resampler (Alayrac et al. 2022, section 2.1): `resampler_*`; `resampler_width=None` means
+    the encoder's width, another width adds one linear projection of the grid.
+    Gated blocks (section 2.2): before LM layers `cross_attention_layers`, or, when that is
+    None, before every layer i with i % cross_attention_every == cross_attention_offset.
+    `gate_init` is the value of the gates' parameter: 0 starts at the untouched LM.
+
+    Raises ValueError for a value that no architecture can have.
+    """
+
+    model_type = "flamingo"
+    sub_configs = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+
+    resampler_depth: int = 6
+    resampler_width: int | None = None
+    resampler_heads: int = 8
+    resampler_head_dim: int = 64
+    resampler_latents: int = 64
+    resampler_ff_mult: float = 4.0
+
+    cross_attention_layers: list[int] | None = None
+    cross_attention_every: int = 4
+    cross_attention_offset: int = 0
+    cross_attention_heads: int = 8
+    cross_attention_head_dim: int = 64
+    cross_attention_ff_mult: float = 4.0
+    gate_init: float = 0.0
+
+    first_added_token_id: int = -1
+    end_of_chunk_token_id: int = -1
+    image_token_id: int = -1
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            self.text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if self.vision_config is None:
+            self.vision_config = FlamingoVisionConfig()
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = FlamingoVisionConfig(**self.vision_config)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The LM's config: generation caches take their number of layers from it."""
+        return self if self.text_config is None else self.text_config
+
+    @property
+    def block_positions(self) -> list[int]:
+        """LM layers that get a gated block before them, ascending."""
+        layers = self.get_text_config().num_hidden_layers
+        if self.cross_attention_layers is not None:
+            return sorted(self.cross_attention_layers)
+        every, offset = self.cross_attention_every, self.cross_attention_offset
+        return [i for i in range(layers) if i % every == offset]
+
+    def _check(self):
+        positive = (
+            "resampler_depth resampler_heads resampler_head_dim resampler_latents "
+            "cross_attention_every cross_attention_heads cross_attention_head_dim"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.cross_attention_offset < self.cross_attention_every:
+            raise ValueError(
+                f"cross_attention_offset={self.cross_attention_offset}: must be at least 0 and "
+                f"below cross_attention_every={self.cross_attention_every}"
+            )
+        if self.text_config is None:
+            return  # transformers builds an empty config to find out the defaults
+        layers, positions = self.get_text_config().num_hidden_layers, self.block_positions
+        bad = [i for i in positions if not 0 <= i < layers]
+        if bad or not positions or len(set(positions)) != len(positions):
+            raise ValueError(
+                f"cross_attention_layers={positions}: needs one or more different layers in "
+                f"0..{layers - 1}, the layers of the language model"
+            )

@@ -1,0 +1,212 @@
+"""Documents -> tensors: what stands in a row, what is learned, and which pictures go with it.
+
+Shapes: B rows, T tokens of the longest row, N images of all rows, M images with pixels,
+H = W = size of the transform. A row is a sequence of turns:
+
+    <image> Question: what color is it? Answer: blue <|endofchunk|>  <image> ... <|endofchunk|>
+       -                   -                      x        x            -             x
+
+with x where there is loss on predicting that token. Every picture is one <image> token; every run
+of text ends with <|endofchunk|>, before the next picture and at the end of the document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flamingo.data.document import Document, Image, Text
+from flamingo.data.errors import Skipped
+from flamingo.data.transforms import ImageTransform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label of positions without loss, as torch's cross_entropy has it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one source.
+
+    Attributes:
+        input_ids: int64[B, T], padded on the right.
+        attention_mask: int64[B, T], 1 at real tokens.
+        labels: int64[B, T], `IGNORE` where there is no loss; not shifted: the model does that.
+        pixel_values: float32[M, 3, H, W]. Without `skip_pixels` one entry per <image> token of
+            the batch, row by row (M = N).
+        pixel_index: int64[N], which entry of `pixel_values` an image has; -1: it was skipped.
+        image_keys: N content keys of the images.
+        keys: B document keys.
+        skipped: bad samples that the documents stand for.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+    pixel_index: Tensor
+    image_keys: list[str]
+    keys: list[str]
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens with loss. Position t predicts t + 1, so the first of a row never counts."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device, with the same dtypes."""
+        return self._each(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory; DataLoader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
+
+
+@dataclass
+class _Turn:
+    """Tokens of some images and the run of text after them, or of a whole row."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    loss: bool | None = None  # of the last text; None: no text yet
+
+    def add(self, ids: list[int], loss: bool) -> None:
+        self.ids += ids
+        self.labels += ids if loss else [IGNORE] * len(ids)
+
+
+class Collator:
+    """list[Document] -> Batch. Holds no state between calls, and pickles.
+
+    Args:
+        tokenizer: of the language model, with or without the two added tokens.
+        transform: for the pictures.
+        image_token_id, end_of_chunk_id: ids of <image> and <|endofchunk|>.
+        max_tokens: longest row. A longer document is cut at its end: turns that do not fit in
+            full are dropped; if already the first does not, its text is cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        transform: ImageTransform,
+        image_token_id: int,
+        end_of_chunk_id: int,
+        max_tokens: int,
+    ) -> None:
+        if max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2 (an image, a token), not {max_tokens}")
+        if image_token_id == end_of_chunk_id:
+            raise ValueError(f"<image> and <|endofchunk|> have the same token id {image_token_id}")
+        self.tokenizer, self.transform, self.max_tokens = tokenizer, transform, max_tokens
+        self.image_token_id, self.end_of_chunk_id = image_token_id, end_of_chunk_id
+        padding = tokenizer.pad_token_id
+        # Any id will do: the attention mask and the labels hide it.
+        self.pad_token_id = padding if isinstance(padding, int) else end_of_chunk_id
+
+    def __call__(
+        self,
+        documents: Sequence[Document],
+        skip_pixels: Callable[[str], bool] | None = None,
+    ) -> Batch:
+        """Tokenise, cut, pad.
+
+        Args:
+            documents: at least one.
+            skip_pixels: asked with the key of each picture; True leaves its pixels out, for a
+                trainer that holds its features. If given, a picture that is there several times
+                has one entry in `pixel_values`.
+        """
+        if not documents:
+            raise ValueError("a batch needs at least one document")
+        tokens = self._tokenize(documents)
+        rows = [self._cut(self._turns(document, tokens)) for document in documents]
+        images = [image for row in rows for image in row.images]
+        pixel_values, pixel_index = self._pixels(images, skip_pixels)
+        return Batch(
+            input_ids=_pad([row.ids for row in rows], self.pad_token_id),
+            attention_mask=_pad([[1] * len(row.ids) for row in rows], 0),
+            labels=_pad([row.labels for row in rows], IGNORE),
+            pixel_values=pixel_values,
+            pixel_index=pixel_index,
+            image_keys=[image.key for image in images],
+            keys=[document.key for document in documents],
+        )
+
+    def _tokenize(self, documents: Sequence[Document]) -> Iterator[list[int]]:
+        """Token ids of every text of every document, in order: one call for the whole batch."""
+        texts = [
+            item.text for document in documents for item in document.items if isinstance(item, Text)
+        ]
+        if not texts:
+            return
+        # A caption may spell out "<image>": that is no picture, and would shift all that follow.
+        reserved = {self.image_token_id, self.end_of_chunk_id}
+        for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:  # pyright: ignore
+            yield [token for token in ids if token not in reserved]  # pyright: ignore
+
+    def _turns(self, document: Document, tokens: Iterator[list[int]]) -> list[_Turn]:
+        turns = [_Turn()]
+        for item in document.items:
+            if isinstance(item, Image):
+                if turns[-1].loss is not None:  # a picture after text opens a turn
+                    turns.append(_Turn())
+                turns[-1].add([self.image_token_id], loss=False)
+                turns[-1].images.append(item)
+            elif ids := next(tokens):
+                turns[-1].add(ids, item.loss)
+                turns[-1].loss = item.loss
+        for turn in turns:
+            if turn.loss is not None:
+                turn.add([self.end_of_chunk_id], turn.loss)
+        return turns
+
+    def _cut(self, turns: list[_Turn]) -> _Turn:
+        """The turns that fit, joined to a row of 1..max_tokens tokens."""
+        row = _Turn()
+        for number, turn in enumerate(turns):
+            if number and len(row.ids) + len(turn.ids) > self.max_tokens:
+                break
+            row.ids += turn.ids
+            row.labels += turn.labels
+            row.images += turn.images
+        row.ids, row.labels = row.ids[: self.max_tokens], row.labels[: self.max_tokens]
+        row.images = row.images[: row.ids.count(self.image_token_id)]
+        if not row.ids:  # a text of which nothing is left; a row without tokens breaks attention
+            row.add([self.end_of_chunk_id], loss=False)
+        return row
+
+    def _pixels(
+        self, images: list[Image], skip_pixels: Callable[[str], bool] | None
+    ) -> tuple[Tensor, Tensor]:
+        """float32[M, 3, H, W] and int64[N], as `Batch` has them."""
+        if skip_pixels is None:
+            wanted, index = images, list(range(len(images)))
+        else:
+            first = {image.key: image for image in images}
+            wanted = [image for key, image in first.items() if not skip_pixels(key)]
+            entry = {image.key: number for number, image in enumerate(wanted)}
+            index = [entry.get(image.key, -1) for image in images]
+        if wanted:
+            pixels = torch.stack([self.transform(image.image) for image in wanted])
+        else:
+            pixels = torch.zeros(0, 3, self.transform.size, self.transform.size)
+        return pixels, torch.tensor(index, dtype=torch.int64)
+
+
+def _pad(rows: list[list[int]], value: int) -> Tensor:
+    """B rows -> int64[B, T], filled up on the right."""
+    longest = max(map(len, rows))
+    padded = [row + [value] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64)

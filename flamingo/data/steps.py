@@ -1,0 +1,140 @@
+"""Optimizer step -> the micro-batches of this rank, for any number of ranks and micro-batches.
+
+Sample i of step s is position s * batch + i of its source. Rank r of R takes a contiguous run of
+i, in `accumulation` equal parts: read in the order of ranks, then parts, the samples of a step are
+the same whatever R and `accumulation` are. The only state of a run is the number of steps that it
+has consumed, which belongs to the trainer: workers may have read ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from flamingo.data.batch import Batch, Collator
+from flamingo.data.config import SourceConfig
+from flamingo.data.stream import Stream
+from flamingo.data.transforms import ImageTransform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+StepBatches = dict[str, list[Batch]]  # source name -> micro-batches of this rank
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One source, ready to be read. `batch`: samples per optimizer step over all ranks."""
+
+    stream: Stream
+    collator: Collator
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return self.stream.name
+
+
+def open_feeds(
+    sources: Sequence[SourceConfig],
+    *,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    transform: ImageTransform,
+    image_token_id: int,
+    end_of_chunk_id: int,
+) -> list[Feed]:
+    """Open the shards of every source of a recipe.
+
+    Raises:
+        ValueError: a source is wrong, or two have the same name.
+    """
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"`name` of sources must differ: {', '.join(twice)} is there twice")
+    return [
+        Feed(
+            Stream(source, seed),
+            Collator(tokenizer, transform, image_token_id, end_of_chunk_id, source.max_tokens),
+            source.batch,
+        )
+        for source in sources
+    ]
+
+
+class StepDataset(Dataset[StepBatches]):
+    """dataset[step] -> {source name: micro-batches of this rank}.
+
+    Args:
+        feeds: the sources.
+        rank, ranks: which part of each step this process trains on.
+        accumulation: micro-batches per step and rank.
+        skip_pixels: see `Collator.__call__`. With workers it runs in their processes and must
+            not depend on what this process learns later.
+
+    Raises:
+        ValueError: a batch that ranks and micro-batches do not divide.
+    """
+
+    def __init__(
+        self,
+        feeds: Sequence[Feed],
+        rank: int = 0,
+        ranks: int = 1,
+        accumulation: int = 1,
+        skip_pixels: Callable[[str], bool] | None = None,
+    ) -> None:
+        if not feeds:
+            raise ValueError("no sources: a recipe needs at least one")
+        if not 0 <= rank < ranks or accumulation < 1:
+            raise ValueError(
+                f"rank {rank} of {ranks} ranks with accumulation {accumulation}: "
+                "rank counts from 0, accumulation from 1"
+            )
+        parts = ranks * accumulation
+        for feed in feeds:
+            if feed.batch % parts:
+                below = feed.batch - feed.batch % parts
+                near = f"{below} or {below + parts}" if below else str(parts)
+                raise ValueError(
+                    f"source {feed.name!r}: batch {feed.batch} cannot be divided by {ranks} ranks "
+                    f"x accumulation {accumulation} = {parts}; set `batch` to {near}, or change "
+                    "`accumulation`"
+                )
+        self.feeds, self.skip_pixels = list(feeds), skip_pixels
+        self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
+
+    def __getitem__(self, step: int) -> StepBatches:
+        parts = range(self.accumulation)
+        return {feed.name: [self._part(feed, step, part) for part in parts] for feed in self.feeds}
+
+    def _part(self, feed: Feed, step: int, part: int) -> Batch:
+        size = feed.batch // (self.ranks * self.accumulation)
+        start = step * feed.batch + (self.rank * self.accumulation + part) * size
+        read = [feed.stream.read(position) for position in range(start, start + size)]
+        batch = feed.collator([document for document, _ in read], self.skip_pixels)
+        return replace(batch, skipped=[bad for _, skipped in read for bad in skipped])
+
+
+def step_loader(
+    dataset: StepDataset, start: int, stop: int, workers: int = 0
+) -> Iterator[StepBatches]:
+    """The steps start, start + 1, ... stop - 1, in order, read ahead by `workers` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,  # the dataset makes the batches
+        sampler=range(start, stop),
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: the trainer's random numbers stay as they are
+    )
+    return iter(loader)
+
+
+def _unchanged(batches: Any) -> Any:
+    return batches

@@ -1,0 +1,148 @@
+"""Conditions any frozen Hugging Face causal LM from outside.
+
+The LM's classes, forward methods and weight names stay untouched: four kinds of hook let the
+added tokens in, put a gated block before some layers, and keep logits to the positions asked
+for. What the hooks need of one forward pass lies in one slot, set in a `with`.
+B rows, T tokens, W LM width, V LM vocabulary, A added tokens, M kept positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from flamingo.config import FlamingoConfig
+from flamingo.cross_attention import GatedCrossAttentionBlock, Media
+from flamingo.media import Runs
+
+
+def find_decoder_layers(language_model: nn.Module) -> nn.ModuleList:
+    """The LM's list of decoder layers, by structure: as long as `num_hidden_layers`.
+
+    Raises ValueError when no list, or more than one, is of that length.
+    """
+    expected = language_model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    found = {
+        name: module
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == expected
+    }
+    outer = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    if len(outer) != 1:
+        raise ValueError(
+            f"{type(language_model).__name__}: looked for one nn.ModuleList of "
+            f"num_hidden_layers={expected} decoder layers, found {outer or 'none'}"
+        )
+    return found[outer[0]]  # type: ignore[return-value]
+
+
+class AddedTokens(nn.Module):
+    """Input and output rows of the added tokens: the LM's own tables stay frozen."""
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.input = nn.Parameter(torch.empty(count, width))
+        self.output = nn.Parameter(torch.empty(count, width))
+
+    @torch.no_grad()
+    def start_from(self, table: Tensor, output_table: Tensor, std: float) -> None:
+        """Start at the mean row of the LM's tables, plus noise that tells the tokens apart."""
+        for rows, source in ((self.input, table), (self.output, output_table)):
+            rows.copy_(source.float().mean(dim=0) + torch.randn_like(rows, dtype=torch.float32) * std)
+
+
+@dataclass
+class Conditioning:
+    """What the hooks of one forward pass read, and what they record."""
+
+    runs: Runs
+    media: Media | None
+    keep: Tensor | None = None  # bool[B, T]: positions whose logits are wanted (None: all)
+    record: dict[int, Tensor] | None = None  # block -> attention weights, when asked for
+    blocks_run: int = field(default=0)
+
+
+class Decoder:
+    """Installs the hooks. Holds no parameters: those belong to the model that owns it."""
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        language_model: nn.Module,
+        blocks: nn.ModuleList,
+        added: AddedTokens,
+    ):
+        self.first_added = config.first_added_token_id
+        self.blocks, self.added = blocks, added
+        self.slot: Conditioning | None = None
+        layers = find_decoder_layers(language_model)
+        for index, position in enumerate(config.block_positions):
+            layers[position].register_forward_pre_hook(self._block_hook(index), with_kwargs=True)
+        embeddings = language_model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_pre_hook(self._ids_hook)
+        embeddings.register_forward_hook(self._embed_hook)
+        head = language_model.get_output_embeddings()  # type: ignore[operator]
+        head.register_forward_pre_hook(self._keep_hook)
+        head.register_forward_hook(self._logits_hook)
+        self._ids: Tensor | None = None
+
+    @contextmanager
+    def conditioned(self, conditioning: Conditioning) -> Iterator[Conditioning]:
+        """Within this `with`, calls of the LM see the images of `conditioning`."""
+        previous, self.slot = self.slot, conditioning
+        try:
+            yield conditioning
+        finally:
+            self.slot = previous
+
+    def _ids_hook(self, module, args):
+        """Ids of added tokens are outside the LM's table: look up row 0, replaced below."""
+        if self.slot is None:
+            return None
+        self._ids = args[0]
+        return (args[0].masked_fill(args[0] >= self.first_added, 0), *args[1:])
+
+    def _embed_hook(self, module, args, output):
+        if self.slot is None or self._ids is None:
+            return None
+        ids, self._ids = self._ids, None
+        is_added = ids >= self.first_added
+        places = is_added.nonzero(as_tuple=True)
+        rows = self.added.input[ids[places] - self.first_added]
+        return output.index_put(places, rows.to(output.dtype))
+
+    def _block_hook(self, index: int):
+        def hook(layer, args, kwargs):
+            slot = self.slot
+            if slot is None or slot.media is None:
+                return None
+            by_name = not args
+            hidden = kwargs["hidden_states"] if by_name else args[0]
+            block: GatedCrossAttentionBlock = self.blocks[index]  # type: ignore[assignment]
+            keys, values = slot.media.keys[index], slot.media.values[index]
+            if slot.record is not None:
+                slot.record[index] = block.attention_weights(hidden, keys, slot.runs)
+            slot.blocks_run += 1
+            hidden = block(hidden, keys, values, slot.runs)
+            if by_name:
+                return args, {**kwargs, "hidden_states": hidden}
+            return (hidden, *args[1:]), kwargs
+
+        return hook
+
+    def _keep_hook(self, module, args):
+        """float[B, T, W] -> float[1, M, W]: no logits that nobody reads."""
+        if self.slot is None or self.slot.keep is None:
+            return None
+        return (args[0][self.slot.keep][None], *args[1:])
+
+    def _logits_hook(self, module, args, output):
+        """[..., V] -> [..., first_added + A]; a padded table's unused rows fall away."""
+        if self.slot is None:
+            return None
+        extra = args[0].to(self.added.output.dtype) @ self.added.output.t()
+        return torch.cat((output[..., : self.first_added], extra.to(output.dtype)), dim=-1)

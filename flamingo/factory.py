@@ -1,0 +1,65 @@
+"""Names -> model and processor: assembles a Flamingo from a frozen encoder and a frozen LM."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flamingo import vision as vision_sources
+from flamingo.config import ADDED_TOKENS, FlamingoConfig
+from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.processing import FlamingoProcessor
+
+
+def create(
+    *,
+    vision: str,
+    language: str,
+    frozen_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **architecture,
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """A Flamingo with pretrained frozen parts and new, untrained connecting parts.
+
+    vision: "source:name", the name being one of the source's or a local folder;
+    language: name or local folder for `AutoModelForCausalLM`; frozen_dtype: of both frozen
+    parts; seed: for the new parts; architecture: fields of `FlamingoConfig`.
+
+    Raises ValueError for an unknown source, name or field.
+    """
+    source_name, _, name = vision.partition(":")
+    source = vision_sources.source(source_name)
+    if not name:
+        raise ValueError(f"vision={vision!r}: write source:name, e.g. timm:tf_efficientnet_lite0")
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    language_model = AutoModelForCausalLM.from_pretrained(language, dtype=frozen_dtype)
+    first_added = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED_TOKENS)})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    _check_fields(architecture)
+    config = FlamingoConfig(
+        text_config=language_model.config,
+        vision_config=source.describe(name),
+        first_added_token_id=first_added,
+        end_of_chunk_token_id=first_added,
+        image_token_id=first_added + 1,
+        **architecture,
+    )
+    torch.manual_seed(seed)
+    model = FlamingoForConditionalGeneration(config)
+    model.language_model.to(frozen_dtype).load_state_dict(language_model.state_dict())
+    source.load(model.vision_encoder, name)
+    model.vision_encoder.to(frozen_dtype)
+    tables = [e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings())]
+    model.added_tokens.start_from(*tables, std=config.initializer_range)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, FlamingoProcessor.for_model(config, tokenizer)
+
+
+def _check_fields(architecture: dict) -> None:
+    known = set(FlamingoConfig.__annotations__) - {"text_config", "vision_config"}
+    unknown = sorted(set(architecture) - known)
+    if unknown:
+        raise ValueError(f"FlamingoConfig has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")

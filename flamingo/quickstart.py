@@ -1,0 +1,63 @@
+"""The main job, end to end, on the embedded default: every step is a command of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+RECIPE = Path(__file__).parent / "train" / "recipes" / "quickstart.yaml"
+
+
+def main(run: Path, data: Path, steps: int | None, say: Callable[[str], None]) -> None:
+    """Convert, pack, train, evaluate, report; finished parts of an earlier try are kept.
+
+    Raises ValueError when a part fails, with what to do about it.
+    """
+    say(
+        "Quickstart: convert two frozen backbones, write easy-VQA as shards, train the connecting part\n"
+        "on two CPU processes (or all GPUs), ask 15,673 test questions, write a report.\n"
+        "About 15 to 20 minutes on two cores; `make quickstart STEPS=100` ends sooner and knows less."
+    )
+    began = time.monotonic()
+    overrides = [f"run={run}", *([f"steps={steps}"] if steps else [])]
+    overrides += [
+        f"model.vision=timm:{data / 'backbones' / 'efficientnet-lite0'}",
+        f"model.language={data / 'backbones' / 'smollm2-135m-instruct'}",
+        f"sources.captions.shards={data / 'easy-vqa' / 'pairs-*.tar'}",
+        f"sources.questions.shards={data / 'easy-vqa' / 'documents-*.tar'}",
+    ]
+    parts = [
+        ("frozen backbones", ["backbones", str(data / "backbones")]),
+        ("shards", ["data", "easy-vqa", str(data / "easy-vqa")]),
+    ]
+    if not _trained(run, steps):
+        resume = ["--resume"] if (run / "recipe.yaml").is_file() else []
+        parts.append(("training", ["train", str(RECIPE), *overrides, *resume]))
+    parts.append(("evaluation", ["eval", str(run / "model"), "--out", str(run)]))
+    for number, (what, arguments) in enumerate(parts, 1):
+        say(f"[{number}/{len(parts) + 1}] {what}")
+        status = subprocess.run([sys.executable, "-m", "flamingo.cli", *arguments]).returncode
+        if status:
+            raise ValueError(f"{what} failed with status {status}; its message is above. "
+                             f"The same command goes on where it stopped.")  # fmt: skip
+    say(f"[{len(parts) + 1}/{len(parts) + 1}] report")
+    (run / "timing.json").write_text(json.dumps({"total_seconds": round(time.monotonic() - began, 1)}))
+    from flamingo.eval.report import write_report
+
+    path = write_report(run)
+    say(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Open {path.resolve()}")
+
+
+def _trained(run: Path, steps: int | None) -> bool:
+    """Whether an earlier try ended the training that is asked for."""
+    summary = run / "train.json"
+    if not summary.is_file() or not (run / "model" / "config.json").is_file():
+        return False
+    wanted = steps or yaml.safe_load(RECIPE.read_text())["steps"]
+    return json.loads(summary.read_text())["steps"] == wanted

@@ -1,0 +1,61 @@
+"""How a process uses the machine it is on. Knows no other room."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tune_cpu(processes: int = 1) -> None:
+    """Share the cores among `processes` on this machine, and keep freed memory.
+
+    glibc gives large blocks back to the system when freed and maps fresh, zeroed pages for the
+    next: in virtual machines that is half of a convolutional encoder's time.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // processes))
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+            mallopt(mmap_threshold, 1 << 30)
+            mallopt(trim_threshold, (1 << 31) - 1)
+            mallopt(top_pad, 256 << 20)
+
+
+@contextlib.contextmanager
+def short_attention() -> Iterator[None]:
+    """On a CPU, attention by plain products: torch's fused kernel is far slower backwards.
+
+    Measured at rows of 9 to 64 tokens in bfloat16: 20 ms a layer against 1 (a fifth of the
+    training step). On an accelerator nothing changes.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if torch.cuda.is_available():
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def quiet_libraries() -> None:
+    """Only what concerns the user: libraries' notices and progress bars of small steps off."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)

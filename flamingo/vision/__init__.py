@@ -1,0 +1,35 @@
+"""Frozen vision encoders, one file per source. Knows `config` only.
+
+A source is a module in this folder (or a dotted path elsewhere) with two functions:
+    describe(name, **kwargs) -> FlamingoVisionConfig     what the encoder is, without weights
+    build(config) -> nn.Module                           float[N, 3, H, W] -> float[N, G, E]
+    load(module, name) -> None                           pretrained weights into it
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from flamingo.config import FlamingoVisionConfig
+
+
+def sources() -> list[str]:
+    """Names of the sources in this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def source(name: str) -> ModuleType:
+    """The module of a source. Raises ValueError, naming the choices, when there is none."""
+    if name in sources():
+        return importlib.import_module(f"{__name__}.{name}")
+    if "." in name:
+        return importlib.import_module(name)
+    raise ValueError(f"vision source {name!r}: choose one of {', '.join(sources())}")
+
+
+def build(config: FlamingoVisionConfig):
+    """The encoder of a config with random weights, frozen."""
+    encoder = source(config.source).build(config)
+    return encoder.eval().requires_grad_(False)

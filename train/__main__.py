@@ -1,0 +1,46 @@
+"""One rank of a training run: `deepspeed --module flamingo.train RECIPE.yaml key=value ...`.
+
+`flamingo train` starts the launcher for you; torchrun and srun work as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from flamingo.runtime import quiet_libraries
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="flamingo.train", description="Train a Flamingo as a recipe says, as one rank of a launcher."
+    )
+    parser.add_argument("recipe", help="YAML file; see train/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. steps=100 optimizer.lr=1e-4")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse()
+    quiet_libraries()
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    from flamingo.data.errors import TooManyBadSamples
+    from flamingo.train.config import read_recipe
+    from flamingo.train.session import SharedError, train
+
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        train(read_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
+    except (ValueError, OSError, TooManyBadSamples) as error:
+        if rank == 0 or not isinstance(error, SharedError):
+            print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

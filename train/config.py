@@ -1,0 +1,144 @@
+"""The recipe: a YAML file plus key=value overrides, read into typed models.
+
+Unknown keys are errors that name the nearest known key. Knows `data.config` only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flamingo.data.config import SourceConfig
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """What `flamingo.factory.create` assembles; `architecture` holds fields of FlamingoConfig."""
+
+    vision: str = Field(description="frozen encoder, source:name, e.g. timm:resnet50")
+    language: str = Field(description="frozen causal LM, a name or a local folder")
+    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    architecture: dict[str, Any] = Field(default_factory=dict)
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up. Weight decay acts on matrices of the gated blocks only (paper, B.1.2)."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of lr that a cosine ends at")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient, once per step")
+
+
+class Recipe(Section):
+    """One training run. Steps are optimizer steps; batches are counted over all ranks."""
+
+    run: Path = Field(description="folder of the run: metrics, checkpoints, exported model")
+    seed: int = 0
+    steps: int = Field(ge=1)
+    model: ModelConfig
+    sources: list[SourceConfig] = Field(min_length=1)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
+    accumulation: int = Field(1, ge=1, description="micro-batches per step, source and rank")
+    autocast: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="arithmetic of the trained part; its weights are always float32"
+    )
+    zero_stage: Literal[0, 1] = 0
+    workers: int = Field(0, ge=0, description="processes per rank that read and decode ahead")
+    feature_cache_gb: float = Field(
+        0.0, ge=0, description="memory per rank for grids of frozen images, so that none is encoded twice"
+    )
+    log_every: int = Field(1, ge=1)
+    blank_every: int = Field(20, ge=0, description="steps between losses with blank images; 0: never")
+    checkpoint_every: int = Field(500, ge=0, description="0: only at the end")
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources: names must differ, got {names}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of a resumed run."""
+        return self.model_dump(mode="json", include={"seed", "model", "sources", "optimizer", "steps"})
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from YAML with `a.b=value` overrides (values are YAML; `sources.NAME.x` by name).
+
+    Raises ValueError, naming file, key and the nearest known key, for anything it cannot use.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"recipe {path} is not there" + (f"; its folder has {near}" if near else ""))
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not YAML: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"recipe {path}: expected keys and values, found {type(fields).__name__}")
+    for override in overrides or []:
+        _override(fields, override)
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from None
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: write key=value, e.g. optimizer.lr=1e-4")
+    *parents, last = key.split(".")
+    place: Any = fields
+    for name in parents:
+        if isinstance(place, list):
+            place = _by_name(place, name, key)
+        else:
+            place = place.setdefault(name, {})
+        if not isinstance(place, (dict, list)):
+            raise ValueError(f"override {key}: {name} holds one value, it has no keys below it")
+    if isinstance(place, list):
+        raise ValueError(f"override {key}: {parents[-1]} is a list; write {parents[-1]}.NAME.{last}")
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    place[last] = value
+
+
+def _by_name(items: list, name: str, key: str) -> dict:
+    for item in items:
+        if isinstance(item, dict) and item.get("name") == name:
+            return item
+    raise ValueError(f"override {key}: no {name!r} among {[i.get('name') for i in items]}")
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']} (got {error.get('input')!r})" if where else error["msg"]
+    known = _known_keys(error["loc"])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown key {where}; {hint}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    sections = {"model": ModelConfig, "optimizer": OptimizerConfig, "sources": SourceConfig}
+    section = Recipe if len(location) == 1 else sections.get(str(location[0]), Recipe)
+    return sorted(section.model_fields)

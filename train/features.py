@@ -1,0 +1,57 @@
+"""Grids of frozen images, kept so that no picture is encoded twice.
+
+A frozen encoder without augmentation gives the same grid for the same picture, whatever the
+step. Grids are kept by content key in memory up to a bound; beyond it they are made anew.
+N images, G grid positions, E encoder width, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flamingo.data.batch import Batch
+from flamingo.modeling import FlamingoForConditionalGeneration
+
+
+class FeatureCache:
+    """Per process. `limit_gb` bounds it; 0 keeps nothing."""
+
+    def __init__(self, model: FlamingoForConditionalGeneration, limit_gb: float, chunk: int = 32):
+        self.model, self.limit, self.chunk = model, limit_gb * 2**30, chunk
+        self.kept: dict[str, Tensor] = {}
+        self.bytes = 0
+        self._blank: Tensor | None = None
+
+    def has(self, key: str) -> bool:
+        """Whether the loader may skip the pixels of this picture."""
+        return key in self.kept
+
+    def grids(self, batch: Batch) -> Tensor:
+        """float[N, G, E], one per image of the batch in order, on the model's device."""
+        pixels = batch.pixel_values
+        made = [self.model.encode_images(part) for part in pixels.split(self.chunk)] if len(pixels) else []
+        new = torch.cat(made) if made else None
+        rows = []
+        for key, index in zip(batch.image_keys, batch.pixel_index.tolist(), strict=True):
+            if index < 0:
+                rows.append(self.kept[key].to(self.model.device, non_blocking=True))
+            else:
+                assert new is not None
+                rows.append(new[index])
+                self._keep(key, new[index])
+        return torch.stack(rows)
+
+    def blank(self, count: int) -> Tensor:
+        """float[count, G, E]: grids of a blank picture, which is encoded once."""
+        if self._blank is None:
+            size = self.model.config.vision_config.image_size  # type: ignore[union-attr]
+            pixels = torch.zeros(1, 3, size, size, device=self.model.device)
+            self._blank = self.model.encode_images(pixels)
+        return self._blank.expand(count, -1, -1)
+
+    def _keep(self, key: str, grid: Tensor) -> None:
+        size = grid.numel() * grid.element_size()
+        if key not in self.kept and self.bytes + size <= self.limit:
+            self.kept[key] = grid.cpu().clone()
+            self.bytes += size
