@@ -28,9 +28,16 @@ def save(engine: Any, folder: Path, step: int, identity: dict, keep: int = 2) ->
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(
-        str(part), tag=TAG, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
-    )
+    try:
+        engine.save_checkpoint(
+            str(part), tag=TAG, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
+        )
+    except (RuntimeError, OSError) as error:  # torch.save reports a full disk as RuntimeError
+        free = shutil.disk_usage(folder).free >> 20
+        raise OSError(
+            f"checkpoint {target} cannot be written ({free} MB are free there): {error}. "
+            "The checkpoint before it is intact; make room and go on with --resume"
+        ) from None
     dist.barrier()
     if dist.get_rank() == 0:
         _complete(part, target, step, identity)

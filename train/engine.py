@@ -6,7 +6,6 @@ Works with and without a launcher: one process alone is a group of one.
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ def join_group() -> tuple[int, int]:
     """Join the process group that the launcher announced: (rank, world size)."""
     import deepspeed
 
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        # DeepSpeed would compile its shared-memory op on a CPU and fail; gloo does the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():
+        # On a CPU, DeepSpeed compiles a shared-memory op that training never calls: that would
+        # need a compiler, and half a minute at the first start.
+        deepspeed.ops.__compatible_ops__ = {}
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -62,7 +62,8 @@ def wrap(objective: nn.Module, recipe: Recipe, world_size: int) -> Any:
         "train_batch_size": batch - batch % (world_size * recipe.accumulation)
         or world_size * recipe.accumulation,
         "gradient_accumulation_steps": recipe.accumulation,
-        "gradient_clipping": recipe.optimizer.clip,
+        # Without ZeRO the engine does not tell the norm that it clips: `clip_and_step` does.
+        "gradient_clipping": recipe.optimizer.clip if recipe.zero_stage else 0.0,
         "zero_optimization": {"stage": recipe.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
@@ -71,6 +72,20 @@ def wrap(objective: nn.Module, recipe: Recipe, world_size: int) -> Any:
         model=objective, optimizer=adamw(objective, recipe.optimizer), config=config
     )
     return engine
+
+
+def clip_and_step(engine: Any, recipe: Recipe) -> float:
+    """The one clipping and the one update of a step; the norm before clipping.
+
+    The gradients are already summed over the ranks, so all ranks clip alike.
+    """
+    if recipe.zero_stage:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.clip)
+    engine.step()
+    return float(norm)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

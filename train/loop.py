@@ -12,7 +12,7 @@ from torch import Tensor
 from flamingo.data.steps import StepBatches, StepDataset, step_loader
 from flamingo.train import checkpoint
 from flamingo.train.config import Recipe
-from flamingo.train.engine import sum_over_ranks
+from flamingo.train.engine import clip_and_step, sum_over_ranks
 from flamingo.train.metrics import Metrics, gates
 from flamingo.train.objective import Objective
 from flamingo.train.optim import learning_rate
@@ -61,12 +61,11 @@ class Trainer:
                 self.engine.step()
         losses = self._mean(sums, targets)
         self._check_finite(step, losses, batches)
-        self.engine.step()
         return {
             "step": step + 1,
             "loss": losses,
             "lr": rate,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "grad_norm": round(clip_and_step(self.engine, self.recipe), 6),
             **gates(self.objective.model.gated_blocks),
             **self._sizes(batches),
         }

@@ -29,6 +29,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.model, self.weights, self.cache, self.autocast = model, dict(weights), cache, autocast
+        self.register_state_dict_post_hook(_trained_only)
 
     def forward(
         self, batches: Mapping[str, Batch], targets: Mapping[str, int], blank: bool = False
@@ -66,3 +67,10 @@ class Objective(nn.Module):
             )
         return out.loss
 
+
+
+def _trained_only(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    """A checkpoint holds what is trained: tied weights and buffers of the frozen part go too."""
+    trained = {prefix + name for name, p in module.named_parameters() if p.requires_grad}
+    for name in [name for name in state if name not in trained]:
+        del state[name]

@@ -28,8 +28,16 @@ class SharedError(ValueError):
     """All ranks fail with the same words, so one of them says it."""
 
 
-def claim(recipe: Recipe, resume: bool) -> None:
-    """The run's folder: new, or, to go on, of a run with the same settings.
+def begin(recipe: Recipe) -> None:
+    """Make the run's folder, once all that can be wrong with a recipe has been seen."""
+    held = recipe.run / RECIPE
+    if not held.exists():
+        recipe.run.mkdir(parents=True, exist_ok=True)
+        held.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def check_folder(recipe: Recipe, resume: bool) -> None:
+    """The run's folder must be new, or, to go on, of a run with the same settings.
 
     Raises ValueError when it holds another run, or a run that nobody asked to resume.
     """
@@ -37,8 +45,6 @@ def claim(recipe: Recipe, resume: bool) -> None:
     if not held.exists():
         if (recipe.run / "checkpoints").exists() or (recipe.run / "metrics.jsonl").exists():
             raise ValueError(f"{recipe.run} holds files of a run but no {RECIPE}; choose run=FOLDER")
-        recipe.run.mkdir(parents=True, exist_ok=True)
-        held.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         return
     if not resume:
         raise ValueError(
@@ -58,7 +64,7 @@ def train(recipe: Recipe, resume: bool = False) -> None:
     began = time.monotonic()
     rank, world = engine.join_group()
     try:
-        _together(rank, lambda: claim(recipe, resume))
+        _together(rank, lambda: check_folder(recipe, resume))
         tune_cpu(processes=1 if torch.cuda.is_available() else world)
         with short_attention():
             _train(recipe, rank, world, began)
@@ -83,6 +89,7 @@ def _train(recipe: Recipe, rank: int, world: int, began: float) -> None:
     wrapped = engine.wrap(objective, recipe, world)
     found = checkpoint.newest(recipe.run / "checkpoints", recipe.identity())
     start = checkpoint.load(wrapped, found) if found else 0
+    _together(rank, lambda: begin(recipe))
     metrics = Metrics(recipe.run, recipe.steps, start, writes=rank == 0)
     if start:
         metrics.say(f"going on from {found}")

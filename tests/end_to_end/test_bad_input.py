@@ -1,0 +1,113 @@
+"""Bad input: one clear message, exit status not 0, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flamingo.train import checkpoint
+
+
+def fails(done, *words: str) -> str:
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    for word in words:
+        assert word in said, said
+    assert "Traceback" not in said, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.learning_rate=1", ("optimizer.learning_rate", "known")),
+        ("step=3", ("step", "steps")),
+        ("steps=0", ("steps", "greater than or equal to 1")),
+        ("sources.captions.kind=pears", ("pears", "pairs")),
+        ("sources.caption.batch=3", ("caption", "captions")),
+        ("sources.captions.shards=/nowhere/*.tar", ("/nowhere/*.tar",)),
+        ("sources.captions.batch=3", ("batch", "3", "2")),
+        ("model.language=/nowhere/model", ("/nowhere/model",)),
+        ("model.vision=tim:x", ("tim", "timm")),
+        ("model.architecture.latents=3", ("latents", "resampler_latents")),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_is_written(world: Path, cli, override: str, words):
+    run = world / "refused"
+    done = cli("train", world / "recipe.yaml", f"run={run}", override, "--processes", "2")
+    fails(done, *words)
+    assert not (run / "metrics.jsonl").exists() and not (run / "model").exists()
+    shutil.rmtree(run, ignore_errors=True)
+
+
+def test_a_recipe_that_is_not_there_is_named(world: Path, cli):
+    fails(cli("train", world / "recip.yaml"), "recip.yaml", "recipe.yaml")
+
+
+def test_a_run_folder_that_holds_another_run_is_left_alone(trained: Path, world: Path, cli):
+    before = (trained / "metrics.jsonl").read_bytes()
+    fails(cli("train", world / "recipe.yaml"), "holds a run", "--resume", "run=")
+    other = cli("train", world / "recipe.yaml", "--resume", "optimizer.lr=0.5")
+    fails(other, "optimizer.lr", "0.001", "0.5", "run=")
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_from_other_settings_is_refused(trained: Path, world: Path, cli):
+    run = world / "swapped"
+    shutil.copytree(trained, run)
+    for path in checkpoint.complete(run / "checkpoints"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["identity"]["seed"] = 7
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(trained), str(run)))
+    fails(cli("train", world / "recipe.yaml", f"run={run}", "--resume"), "seed was 7, is 0")
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged", "text"])
+def test_a_picture_that_cannot_be_read_is_named(trained: Path, tmp_path: Path, cli, damage: str):
+    picture = tmp_path / "picture.png"
+    if damage == "damaged":
+        Image.new("RGB", (64, 64)).save(picture)
+        picture.write_bytes(picture.read_bytes()[:60])
+    elif damage == "text":
+        picture.write_text("no picture")
+    done = cli("generate", "--model", trained / "model", "--image", picture, "--prompt", "Answer:")
+    fails(done, str(picture))
+
+
+def test_pictures_and_image_tokens_must_match(trained: Path, cli):
+    done = cli("generate", "--model", trained / "model", "--prompt", "<image>Answer:")
+    fails(done, "1 <image>", "0 pictures")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path, cli):
+    fails(cli("eval", tmp_path / "none"), str(tmp_path / "none"), "no model")
+    fails(cli("generate", "--model", tmp_path, "--prompt", "x"), "no model")
+
+
+def test_answers_of_another_model_are_not_mixed(trained: Path, tmp_path: Path, cli):
+    arguments = ("--out", tmp_path, "--limit", "4", "--control-limit", "2", "--processes", "1")
+    assert cli("eval", trained / "model", *arguments).returncode == 0
+    fails(cli("eval", trained / "model", *arguments, "--seed", "1"), "other settings", "--overwrite")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(trained: Path, tmp_path: Path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(trained / "checkpoints" / "step-000004", folder / "step-000004")
+    part = folder / ".step-000006.part"
+    part.mkdir()
+    (part / "weights").write_bytes(b"new")
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._complete(part, folder / "step-000006", 6, {})
+    assert [p.name for p in checkpoint.complete(folder)] == ["step-000004"]
+    assert checkpoint.damage(folder / "step-000004") is None

@@ -1,0 +1,89 @@
+"""Which image may each text token see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flamingo.media import Runs, image_offsets, immediate_image
+
+IMAGE, PAD = 99, 0
+
+
+def tokens(*rows: str) -> torch.Tensor:
+    """Ids of rows of t (text), I (image) and p (padding)."""
+    meaning = {"t": 7, "I": IMAGE, "p": PAD}
+    return torch.tensor([[meaning[letter] for letter in row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "seen"),
+    [
+        (["Itt"], [[0, 0, 0]]),
+        (["ttItt"], [[-1, -1, 0, 0, 0]]),  # text before any image sees none
+        (["ItIt"], [[0, 0, 1, 1]]),  # only the image just before, not an earlier one
+        (["IIt"], [[0, 1, 1]]),  # two in a row: the text follows the second
+        (["ttI"], [[-1, -1, 0]]),  # an image at the end is nobody's future
+        (["ttt"], [[-1, -1, -1]]),
+        # rows: numbers go on from row to row, what is seen does not
+        (["ItI", "tIt"], [[0, 0, 1], [-1, 2, 2]]),
+        (["III", "tII", "Itt"], [[0, 1, 2], [-1, 3, 4], [5, 5, 5]]),
+        # a text-only row between rows with images
+        (["tIt", "ttt", "ItI"], [[-1, 0, 0], [-1, -1, -1], [1, 1, 2]]),
+        # padding on the left is before any image, on the right it is part of the last
+        (["ppIt", "tItI"], [[-1, -1, 0, 0], [-1, 1, 1, 2]]),
+        (["Itpp", "tItI"], [[0, 0, 0, 0], [-1, 1, 1, 2]]),
+    ],
+)
+def test_a_token_sees_the_image_that_it_follows_most_closely(rows, seen):
+    ids = tokens(*rows)
+    assert immediate_image(ids, IMAGE, image_offsets(ids, IMAGE)).tolist() == seen
+
+
+def test_offsets_count_the_images_of_the_rows_before():
+    assert image_offsets(tokens("tII", "ttt", "Itt", "III"), IMAGE).tolist() == [0, 2, 2, 3]
+
+
+def test_offsets_may_start_anywhere():
+    """As for a part of a batch whose other rows are elsewhere."""
+    ids = tokens("tIt", "ItI")
+    assert immediate_image(ids, IMAGE, torch.tensor([4, 9])).tolist() == [[-1, 4, 4], [9, 9, 10]]
+
+
+def random_sights(seed: int) -> torch.Tensor:
+    """Sights as they come out of random ids with more or fewer images."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, length = seed % 4 + 1, seed % 9 + 1
+    is_image = torch.rand(rows, length, generator=generator) < (seed % 3) / 3
+    ids = torch.where(is_image, IMAGE, 7)
+    return immediate_image(ids, IMAGE, image_offsets(ids, IMAGE))
+
+
+SIGHTS = [random_sights(seed) for seed in range(24)]
+SIGHTS += [
+    torch.tensor([[0, 0, 0], [0, 0, 0]]),  # two beams of one row, one image
+    torch.tensor([[-1, 0, 1], [-1, 0, 1], [2, 2, 2], [2, 2, 2]]),  # beams of two rows
+    torch.tensor([[3], [3], [-1]]),  # one new token of each of three beams
+    torch.full((2, 3), -1),
+]
+
+
+@pytest.mark.parametrize("seen", SIGHTS, ids=range(len(SIGHTS)))
+def test_every_token_that_sees_an_image_has_one_slot_of_a_run_of_its_own_row_and_image(seen):
+    runs = Runs.of(seen)
+    length, flat = seen.shape[1], seen.flatten()
+    assert runs.source.tolist() == (flat >= 0).nonzero().squeeze(1).tolist()
+    assert len(runs.slot.unique()) == len(runs.slot)  # no two results in one slot
+    assert runs.token.flatten()[runs.slot].tolist() == runs.source.tolist()
+    for image, run in zip(runs.image.tolist(), runs.token.tolist(), strict=True):
+        assert {int(flat[token]) for token in run} == {image}  # unused slots too
+        assert len({token // length for token in run}) == 1
+
+
+@pytest.mark.parametrize("seen", SIGHTS, ids=range(len(SIGHTS)))
+def test_there_is_one_run_per_row_and_image(seen):
+    """So that keys and values are read once for all tokens that look at them."""
+    pairs = {(b, image) for b, row in enumerate(seen.tolist()) for image in row if image >= 0}
+    runs = Runs.of(seen)
+    assert len(runs) == len(pairs)
+    assert runs.token.shape[1] <= seen.shape[1]
