@@ -69,6 +69,7 @@ def reading(report: dict[str, Any]) -> list[str]:
 def judgement(report: dict[str, Any]) -> str:
     """Whether the answers come from the pictures."""
     intervals, blind = report["intervals"], report["blind_accuracy"]
+    gaps = list(_gaps(report).values())
     seen, blank = intervals["accuracy"], intervals["accuracy_image_blank"]
     looks = None if seen is None or blank is None else compare(seen, blank) > 0
     above = None if seen is None or blind is None else compare(seen, [blind, blind]) > 0
@@ -86,6 +87,11 @@ def judgement(report: dict[str, Any]) -> str:
                 "Unclear: it is above what is possible without looking, yet blanking the images "
                 "costs nothing measurable. One of the two figures deserves distrust."
             )
+        if gaps and max(gaps) >= LITTLE:
+            return (
+                "Its answers do not depend on the pictures, although its losses do: blanking the "
+                "images costs no measurable accuracy."
+            )
         return "It does not look: blanking the images costs nothing measurable."
     if above:
         return (
@@ -94,12 +100,11 @@ def judgement(report: dict[str, Any]) -> str:
         )
     if above is False:
         return "Nothing shows that it looks: a model that never looks answers as many."
-    gaps = list(_gaps(report).values())
     if not gaps:
         return "Whether it looks at the pictures was not measured."
     if max(gaps) >= LITTLE:
         return "The losses say that it looks; no test question says whether that helps."
-    return "The losses say that it does not look: with blanked images they are the same."
+    return "The losses say that it does not look: with blanked images they are hardly higher."
 
 
 def _gaps(report: dict[str, Any]) -> dict[str, float]:
@@ -140,9 +145,7 @@ def _losses(report: dict[str, Any]) -> list[str]:
 def _shots(report: dict[str, Any]) -> list[str]:
     """What four demonstrations change, and whether their pictures do."""
     intervals = report["intervals"]
-    zero, four, text = (
-        intervals[key] for key in ("accuracy", "accuracy_4shot", "accuracy_text_only_shots")
-    )
+    zero, four, text = (intervals[key] for key in ("accuracy", "accuracy_4shot", "accuracy_text_only_shots"))
     sentences = []
     if zero and four:
         now = percent(report["accuracy_4shot"])

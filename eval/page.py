@@ -157,9 +157,7 @@ def _gallery(entries: list[dict[str, Any]]) -> dict[str, Any]:
         words = [
             {
                 "word": word["word"],
-                "overlay": charts.data_uri(
-                    charts.overlay(entry["image"], word["map"], top), "jpeg"
-                ),
+                "overlay": charts.data_uri(charts.overlay(entry["image"], word["map"], top), "jpeg"),
                 "peak": float(word["map"].max()) * word["map"].size,
             }
             for word in entry["words"]

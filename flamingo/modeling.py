@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -174,6 +175,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         seen: Tensor | None = None,
         labels: Tensor | None = None,
         reduction: str = "mean",
+        logits_to_keep: int = 0,
         **kwargs,
     ) -> FlamingoOutput:
         """One pass over B rows of T tokens.
@@ -182,7 +184,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         the order of the <image> tokens, row by row; media: the same images already encoded
         (`media()`); seen: int64[B, T], the image of each token where the ids alone cannot tell
         (generation with a cache); labels: int64[B, T], -100 where nothing is predicted, shifted
-        inside; reduction: "mean", "sum" or "none" (float[M], row by row).
+        inside; reduction: "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without
+        labels, logits of so many last positions only (0: of all), as in transformers.
         Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
         """
         if input_ids is None:
@@ -196,14 +199,19 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
             keep = targets != -100
             kwargs.setdefault("use_cache", False)
+        elif logits_to_keep:
+            keep = torch.zeros_like(input_ids, dtype=torch.bool)
+            keep[:, -logits_to_keep:] = True
         conditioning = Conditioning(Runs.of(seen), media, keep)
         with self._decoder.conditioned(conditioning):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        loss = None
+        loss, logits = None, out.logits
         if targets is not None and keep is not None:
             assert reduction in ("mean", "sum", "none"), reduction
-            loss = F.cross_entropy(out.logits[0].float(), targets[keep], reduction=reduction)
-        return FlamingoOutput(loss=loss, logits=out.logits, past_key_values=out.past_key_values)
+            loss = F.cross_entropy(logits[0].float(), targets[keep], reduction=reduction)
+        elif keep is not None:
+            logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
+        return FlamingoOutput(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     # -- generation ----------------------------------------------------------------------
 
@@ -222,9 +230,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         kwargs.setdefault("eos_token_id", self._stop_tokens(kwargs.get("generation_config")))
         suppressed = list(kwargs.pop("suppress_tokens", None) or [])
         suppressed.append(self.config.image_token_id)
-        return super().generate(
-            input_ids, media=media, seen=seen, suppress_tokens=suppressed, **kwargs
-        )
+        return super().generate(input_ids, media=media, seen=seen, suppress_tokens=suppressed, **kwargs)
 
     def _stop_tokens(self, generation_config) -> list[int]:
         eos = (generation_config or self.generation_config).eos_token_id

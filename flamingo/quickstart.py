@@ -31,6 +31,7 @@ def main(run: Path, data: Path, steps: int | None, say: Callable[[str], None]) -
         f"model.language={data / 'backbones' / 'smollm2-135m-instruct'}",
         f"sources.captions.shards={data / 'easy-vqa' / 'pairs-*.tar'}",
         f"sources.questions.shards={data / 'easy-vqa' / 'documents-*.tar'}",
+        f"sources.negations.shards={data / 'easy-vqa' / 'negations-*.tar'}",
     ]
     parts = [
         ("frozen backbones", ["backbones", str(data / "backbones")]),

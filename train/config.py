@@ -5,6 +5,7 @@ Unknown keys are errors that name the nearest known key. Knows `data.config` onl
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any, Literal
@@ -114,10 +115,8 @@ def _override(fields: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {key}: {parents[-1]} is a list; write {parents[-1]}.NAME.{last}")
     value = yaml.safe_load(text)
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     place[last] = value
 
 

@@ -35,7 +35,15 @@ def launch(recipe: str, overrides: list[str], resume: bool, ranks: int | None) -
     read_recipe(recipe, overrides)
     ranks = ranks or default_ranks()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--quiet", "--master_port", str(_free_port()), "--module", "flamingo.train", recipe, *overrides]
+    command += [
+        "--quiet",
+        "--master_port",
+        str(_free_port()),
+        "--module",
+        "flamingo.train",
+        recipe,
+        *overrides,
+    ]
     command += ["--resume"] if resume else []
     return subprocess.run(command, env=environment(ranks)).returncode
 
@@ -46,4 +54,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-

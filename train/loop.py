@@ -22,7 +22,13 @@ class Trainer:
     """Owns the number of consumed steps, which is all the state that the data has."""
 
     def __init__(self, recipe: Recipe, engine: Any, dataset: StepDataset, metrics: Metrics, world: int):
-        self.recipe, self.engine, self.dataset, self.metrics, self.world = recipe, engine, dataset, metrics, world
+        self.recipe, self.engine, self.dataset, self.metrics, self.world = (
+            recipe,
+            engine,
+            dataset,
+            metrics,
+            world,
+        )
         self.objective: Objective = engine.module
         self.names = [source.name for source in recipe.sources]
 
@@ -30,10 +36,12 @@ class Trainer:
         """Train from step `start` (steps already done) to the recipe's last."""
         recipe, last = self.recipe, self.recipe.steps
         folder, saved = recipe.run / "checkpoints", start
+        began = time.monotonic()
         for step, batches in enumerate(step_loader(self.dataset, start, last, recipe.workers), start):
-            began = time.monotonic()
+            waited = time.monotonic() - began
             record = self.train_step(step, batches)
-            record["seconds"] = round(time.monotonic() - began, 4)
+            record["seconds"] = round(time.monotonic() - began, 4)  # with the wait for the data
+            record["data_seconds"] = round(waited, 4)
             if recipe.blank_every and (step % recipe.blank_every == 0 or step + 1 == last):
                 record["loss_blank"] = self.blank_loss(batches)
             if (step + 1) % recipe.log_every == 0 or step + 1 == last:
@@ -41,6 +49,7 @@ class Trainer:
             if recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0:
                 checkpoint.save(self.engine, folder, step + 1, recipe.identity())
                 saved = step + 1
+            began = time.monotonic()
         if saved < last:
             checkpoint.save(self.engine, folder, last, recipe.identity())
 
@@ -52,11 +61,11 @@ class Trainer:
             group["lr"] = rate
         sums = torch.zeros(len(self.names), dtype=torch.float64)
         for number in range(self.recipe.accumulation):
-            micro = {name: batches[name][number].to(self.engine.device) for name in self.names}
+            micro = {name: batches[name][number].to(self.engine.device) for name in batches}
             loss, parts = self.engine(micro, targets)
             # DeepSpeed averages over ranks; the objective already counts tokens of all ranks.
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
-            sums += torch.stack([parts[name].cpu() for name in self.names])
+            sums += self._vector(parts)
             if number + 1 < self.recipe.accumulation:
                 self.engine.step()
         losses = self._mean(sums, targets)
@@ -72,7 +81,7 @@ class Trainer:
 
     def count_targets(self, batches: StepBatches) -> dict[str, int]:
         """Target tokens of each source over all ranks and micro-batches of the step."""
-        local = [sum(batch.n_targets for batch in batches[name]) for name in self.names]
+        local = [sum(batch.n_targets for batch in batches.get(name, [])) for name in self.names]
         counts = sum_over_ranks(torch.tensor(local, dtype=torch.int64, device=self.engine.device))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
@@ -81,14 +90,21 @@ class Trainer:
         """The step's loss with its images replaced by blanks: equal means it does not look."""
         targets, sums = self.count_targets(batches), torch.zeros(len(self.names), dtype=torch.float64)
         for number in range(self.recipe.accumulation):
-            micro = {name: batches[name][number].to(self.engine.device) for name in self.names}
+            micro = {name: batches[name][number].to(self.engine.device) for name in batches}
             _, parts = self.objective(micro, targets, blank=True)
-            sums += torch.stack([parts[name].cpu() for name in self.names])
+            sums += self._vector(parts)
         return self._mean(sums, targets)
 
     def _mean(self, sums: Tensor, targets: dict[str, int]) -> dict[str, float]:
+        """Mean NLL of the sources that had target tokens in this step."""
         total = sum_over_ranks(sums.to(self.engine.device)).tolist()
-        return {n: round(s / max(1, targets[n]), 6) for n, s in zip(self.names, total, strict=True)}
+        each = zip(self.names, total, strict=True)
+        return {name: round(nll / targets[name], 6) for name, nll in each if targets[name]}
+
+    def _vector(self, parts: dict[str, Tensor]) -> Tensor:
+        """Summed NLL per source, float64[sources]; 0 for one that has not joined."""
+        zero = torch.zeros((), dtype=torch.float64)
+        return torch.stack([parts[name].cpu() if name in parts else zero for name in self.names])
 
     def _check_finite(self, step: int, losses: dict[str, float], batches: StepBatches) -> None:
         """Decided on sums over all ranks, so all ranks stop together."""
@@ -101,7 +117,7 @@ class Trainer:
             )
 
     def _sizes(self, batches: StepBatches) -> dict[str, int]:
-        every = [batch for name in self.names for batch in batches[name]]
+        every = [batch for part in batches.values() for batch in part]
         local = [
             sum(len(batch.keys) for batch in every),
             sum(int(batch.attention_mask.sum()) for batch in every),

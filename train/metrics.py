@@ -33,6 +33,14 @@ def flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]
             yield name, float(value)
 
 
+def _step(line: str) -> int | None:
+    """The step of a line of the log; None for one that a killed run left unfinished."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 class Metrics:
     """Rank 0 writes; on the other ranks every method does nothing.
 
@@ -48,7 +56,7 @@ class Metrics:
 
         path = run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        kept = [line for line in lines if (_step(line) or start + 1) <= start]
         path.write_text("".join(f"{line}\n" for line in kept))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)

@@ -68,7 +68,6 @@ class Objective(nn.Module):
         return out.loss
 
 
-
 def _trained_only(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
     """A checkpoint holds what is trained: tied weights and buffers of the frozen part go too."""
     trained = {prefix + name for name, p in module.named_parameters() if p.requires_grad}

@@ -1,12 +1,12 @@
 """Benchmarks, one file each. A benchmark is a module with
 
-    DESCRIPTION: str                               what it is, in a sentence
-    BLIND_ACCURACY: float | None                   what is possible without looking
-    queries() -> list[Example]                     what is asked
-    demonstrations() -> list[Example]              what shots are drawn from, never the test split
-    prompt(example) -> str                         text up to where the model goes on
-    completion(example) -> str                     what a shot continues its prompt with
-    score(prediction, example) -> float            0..1
+DESCRIPTION: str                               what it is, in a sentence
+BLIND_ACCURACY: float | None                   what is possible without looking
+queries() -> list[Example]                     what is asked
+demonstrations() -> list[Example]              what shots are drawn from, never the test split
+prompt(example) -> str                         text up to where the model goes on
+completion(example) -> str                     what a shot continues its prompt with
+score(prediction, example) -> float            0..1
 """
 
 from __future__ import annotations

@@ -146,9 +146,7 @@ class Collator:
 
     def _tokenize(self, documents: Sequence[Document]) -> Iterator[list[int]]:
         """Token ids of every text of every document, in order: one call for the whole batch."""
-        texts = [
-            item.text for document in documents for item in document.items if isinstance(item, Text)
-        ]
+        texts = [item.text for document in documents for item in document.items if isinstance(item, Text)]
         if not texts:
             return
         # A caption may spell out "<image>": that is no picture, and would shift all that follow.

@@ -24,9 +24,7 @@ def easy_vqa(
         int,
         typer.Option(min=1, help="Pictures, each with a question and its answer, per document."),
     ] = 4,
-    samples_per_shard: Annotated[
-        int, typer.Option(min=1, help="Pairs or documents per tar file.")
-    ] = 1000,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Pairs or documents per tar file.")] = 1000,
     seed: Annotated[int, typer.Option(help="Decides which questions share a document.")] = 0,
 ) -> None:
     """Write the training split of easy-VQA as WebDataset shards.
@@ -36,7 +34,8 @@ def easy_vqa(
     licence), so nothing is downloaded.
 
     Written are pairs-*.tar (a picture and its caption), documents-*.tar
-    (several pictures, each with a question and its answer, in a row) and
+    (several pictures, each with a question and its answer, in a row),
+    negations-*.tar (the same of questions like "is there no circle?") and
     dataset.json (settings and counts). The test split is never written.
     """
     from flamingo.data.easy_vqa import write_shards
@@ -49,7 +48,7 @@ def easy_vqa(
         _stop(f"cannot write {out}: {error.strerror or error}")
     counts = card.counts
     typer.echo(
-        f"{out}: {counts['pairs']} caption pairs and {counts['documents']} documents "
+        f"{out}: {counts['pairs']} caption pairs, {counts['documents'] + counts['negations']} documents "
         f"({counts['questions']} questions) in {len(card.files)} shards; {card.licence}"
     )
 

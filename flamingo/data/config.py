@@ -19,9 +19,8 @@ class SourceConfig(BaseModel):
     )
     batch: int = Field(ge=1, description="Samples per optimizer step, over all ranks.")
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Weight in the loss.")
-    max_tokens: int = Field(
-        ge=2, description="Longer documents are cut, by whole turns if possible."
-    )
+    max_tokens: int = Field(ge=2, description="Longer documents are cut, by whole turns if possible.")
+    start: int = Field(default=0, ge=0, description="The source joins at this step: a curriculum.")
     window: int = Field(default=16, ge=1, description="Samples are shuffled within so many shards.")
 
     @field_validator("kind")

@@ -32,9 +32,7 @@ class Skipped(NamedTuple):
 class ShardError(ValueError):
     """A shard as a whole cannot be trusted: truncated, damaged, ambiguous or altered."""
 
-    def __init__(
-        self, path: str | PathLike[str], what: str, key: str | None = None, offset: int = 0
-    ) -> None:
+    def __init__(self, path: str | PathLike[str], what: str, key: str | None = None, offset: int = 0) -> None:
         super().__init__(path, what, key, offset)
         self.path, self.what, self.key, self.offset = path, what, key, offset
 

@@ -66,9 +66,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
     """
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
     if not any(listed):
-        raise ValueError(
-            "`shards` is empty: name at least one tar, as in data/pairs-{000..003}.tar"
-        )
+        raise ValueError("`shards` is empty: name at least one tar, as in data/pairs-{000..003}.tar")
     paths = [path for pattern in listed for path in _expand_one(pattern)]
     seen: set[str] = set()
     for path in paths:
@@ -81,9 +79,7 @@ def expand(patterns: str | Sequence[str]) -> list[Path]:
 
 def _expand_one(pattern: str) -> Iterator[Path]:
     if "://" in pattern or pattern.startswith("pipe:"):
-        raise ValueError(
-            f"`shards` names {pattern!r}, but only local files can be read: copy it first"
-        )
+        raise ValueError(f"`shards` names {pattern!r}, but only local files can be read: copy it first")
     try:
         names = braceexpand(os.path.expanduser(pattern))
     except ValueError as error:
@@ -148,9 +144,7 @@ def build_index(path: Path) -> ShardIndex:
                         raise tarfile.TarError("negative size")
                     end = info.offset_data + info.size
                     if end > stat.st_size:
-                        what = (
-                            f"truncated: {info.name} ends at byte {end}, the file at {stat.st_size}"
-                        )
+                        what = f"truncated: {info.name} ends at byte {end}, the file at {stat.st_size}"
                         raise ShardError(path, what, _split(info)[0] or key, info.offset_data)
                     key = _add(path, info, samples, key)
                 end = tar.offset
@@ -180,14 +174,10 @@ def _add(
     if info.isdir() or key is None or extension is None:  # README, ._resource-fork, __meta__/
         return current
     if not info.isreg() or info.issparse():
-        what = (
-            f"member {info.name} is a link or sparse: write it again with tar --hard-dereference -h"
-        )
+        what = f"member {info.name} is a link or sparse: write it again with tar --hard-dereference -h"
         raise ShardError(path, what, key, info.offset)
     if key != current and key in samples:
-        what = (
-            "a second sample with this key: keys must be unique, and members of a sample adjacent"
-        )
+        what = "a second sample with this key: keys must be unique, and members of a sample adjacent"
         raise ShardError(path, what, key, info.offset)
     members = samples.setdefault(key, {})
     if extension in members:
@@ -204,9 +194,7 @@ def _check_end(file: BinaryIO, path: Path, end: int, key: str | None) -> None:
     file.seek(end)
     marker = file.read(BLOCK)
     if len(marker) < BLOCK:
-        what = (
-            "truncated: the end-of-archive marker is missing, so samples may be too; copy it again"
-        )
+        what = "truncated: the end-of-archive marker is missing, so samples may be too; copy it again"
         raise ShardError(path, what, key, end)
     if any(marker):
         raise ShardError(path, "damaged header after this sample: copy the shard again", key, end)
@@ -316,8 +304,7 @@ class ShardSet:
         if len(block) != stop - start:
             raise ShardError(self.paths[shard], "the file became shorter while in use", key, start)
         return key, {
-            name: block[offset - start : offset - start + size]
-            for name, (offset, size) in members.items()
+            name: block[offset - start : offset - start + size] for name, (offset, size) in members.items()
         }
 
     def _open_shard(self, shard: int) -> _Open:

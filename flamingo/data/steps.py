@@ -1,6 +1,6 @@
 """Optimizer step -> the micro-batches of this rank, for any number of ranks and micro-batches.
 
-Sample i of step s is position s * batch + i of its source. Rank r of R takes a contiguous run of
+Sample i of step s is position (s - start) * batch + i of its source, which joins at step `start`. Rank r of R takes a contiguous run of
 i, in `accumulation` equal parts: read in the order of ranks, then parts, the samples of a step are
 the same whatever R and `accumulation` are. The only state of a run is the number of steps that it
 has consumed, which belongs to the trainer: workers may have read ahead.
@@ -33,6 +33,7 @@ class Feed:
     stream: Stream
     collator: Collator
     batch: int
+    start: int = 0  # the step at which the source joins
 
     @property
     def name(self) -> str:
@@ -61,13 +62,14 @@ def open_feeds(
             Stream(source, seed),
             Collator(tokenizer, transform, image_token_id, end_of_chunk_id, source.max_tokens),
             source.batch,
+            source.start,
         )
         for source in sources
     ]
 
 
 class StepDataset(Dataset[StepBatches]):
-    """dataset[step] -> {source name: micro-batches of this rank}.
+    """dataset[step] -> {source name: micro-batches of this rank}, for the sources that have joined.
 
     Args:
         feeds: the sources.
@@ -110,19 +112,18 @@ class StepDataset(Dataset[StepBatches]):
 
     def __getitem__(self, step: int) -> StepBatches:
         parts = range(self.accumulation)
-        return {feed.name: [self._part(feed, step, part) for part in parts] for feed in self.feeds}
+        joined = [feed for feed in self.feeds if step >= feed.start]
+        return {feed.name: [self._part(feed, step, part) for part in parts] for feed in joined}
 
     def _part(self, feed: Feed, step: int, part: int) -> Batch:
         size = feed.batch // (self.ranks * self.accumulation)
-        start = step * feed.batch + (self.rank * self.accumulation + part) * size
+        start = (step - feed.start) * feed.batch + (self.rank * self.accumulation + part) * size
         read = [feed.stream.read(position) for position in range(start, start + size)]
         batch = feed.collator([document for document, _ in read], self.skip_pixels)
         return replace(batch, skipped=[bad for _, skipped in read for bad in skipped])
 
 
-def step_loader(
-    dataset: StepDataset, start: int, stop: int, workers: int = 0
-) -> Iterator[StepBatches]:
+def step_loader(dataset: StepDataset, start: int, stop: int, workers: int = 0) -> Iterator[StepBatches]:
     """The steps start, start + 1, ... stop - 1, in order, read ahead by `workers` processes."""
     loader = DataLoader(
         dataset,

@@ -122,7 +122,5 @@ class ImageTransform:
         inner = (max(1, round(width * scale)), max(1, round(height * scale)))
         red, green, blue = (round(255 * value) for value in self.mean)
         canvas = PIL.Image.new("RGB", square, (red, green, blue))
-        canvas.paste(
-            image.resize(inner, mode), ((self.size - inner[0]) // 2, (self.size - inner[1]) // 2)
-        )
+        canvas.paste(image.resize(inner, mode), ((self.size - inner[0]) // 2, (self.size - inner[1]) // 2))
         return canvas

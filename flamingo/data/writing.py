@@ -53,9 +53,7 @@ def write_tars(
         count = 0
         # A fixed time and owner: the bytes follow from the samples alone.
         with open(path, "wb") as file:
-            with TarWriter(
-                file, "flamingo", "flamingo", encoder=False, compress=False, mtime=0
-            ) as tar:
+            with TarWriter(file, "flamingo", "flamingo", encoder=False, compress=False, mtime=0) as tar:
                 for key, members in chain([first], islice(left, per_shard - 1)):
                     tar.write({"__key__": key, **members})
                     count += 1
@@ -95,9 +93,7 @@ def read_complete(out: Path, settings: Mapping[str, str | int | None]) -> Datase
         raise ValueError(f"{out} holds shards with other settings ({told}): {advice}")
     for name, said in card.files.items():
         path = out / name
-        if not path.is_file() or _fingerprint(path) != {
-            k: said.get(k) for k in ("bytes", "sha256")
-        }:
+        if not path.is_file() or _fingerprint(path) != {k: said.get(k) for k in ("bytes", "sha256")}:
             raise ValueError(f"{path} is missing or was altered: delete {out} and write it again")
     return card
 

@@ -70,6 +70,4 @@ def source(tmp_path: Path, write_tar: WriteTar) -> SourceConfig:
         write_tar(f"s-{shard}.tar", {f"{number:04d}": make_pair(number) for number in numbers})
         first += count
     shards = str(tmp_path / "s-{0..4}.tar")
-    return SourceConfig(
-        name="pairs", kind="pairs", shards=shards, batch=24, max_tokens=16, window=2
-    )
+    return SourceConfig(name="pairs", kind="pairs", shards=shards, batch=24, max_tokens=16, window=2)

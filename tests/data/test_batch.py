@@ -21,9 +21,7 @@ A, B = Text(" a"), Text(" b c")
 def collate(tokenizer, transform):
     def call(*documents, max_tokens=32, skip_pixels=None):
         collator = Collator(tokenizer, transform, 1, 2, max_tokens)
-        return collator(
-            [Document(tuple(items), f"d{n}") for n, items in enumerate(documents)], skip_pixels
-        )
+        return collator([Document(tuple(items), f"d{n}") for n, items in enumerate(documents)], skip_pixels)
 
     return call
 
@@ -31,9 +29,7 @@ def collate(tokenizer, transform):
 @pytest.fixture
 def words(tokenizer):
     def call(ids) -> str:
-        return " ".join(
-            "-" if i == IGNORE else tokenizer.convert_ids_to_tokens(i) for i in ids.tolist()
-        )
+        return " ".join("-" if i == IGNORE else tokenizer.convert_ids_to_tokens(i) for i in ids.tolist())
 
     return call
 
@@ -121,9 +117,7 @@ def test_targets_are_counted_as_the_shifted_loss_counts_them(collate):
 
 def test_skipped_pixels_are_absent_and_others_are_there_once(collate):
     asked = []
-    batch = collate(
-        [I1, A, I2, A], [I2, B, I1, A], skip_pixels=lambda k: asked.append(k) or k == "i1"
-    )
+    batch = collate([I1, A, I2, A], [I2, B, I1, A], skip_pixels=lambda k: asked.append(k) or k == "i1")
     assert batch.image_keys == ["i1", "i2", "i2", "i1"]
     assert batch.pixel_index.tolist() == [-1, 0, 0, -1]
     assert batch.pixel_values.shape == (1, 3, 4, 4)

@@ -21,9 +21,7 @@ def shard(write_tar, pair):
 
 
 def everything(shard_set: ShardSet) -> dict[str, dict[str, bytes]]:
-    return dict(
-        shard_set.read(s, i) for s, count in enumerate(shard_set.counts) for i in range(count)
-    )
+    return dict(shard_set.read(s, i) for s, count in enumerate(shard_set.counts) for i in range(count))
 
 
 def test_samples_are_those_that_webdataset_reads(write_tar, pair):
@@ -106,9 +104,7 @@ def test_links_are_errors_and_folders_are_not(tmp_path):
         build_index(path)
 
 
-def test_the_index_is_built_once_and_again_when_the_shard_changes(
-    shard, write_tar, monkeypatch, pair
-):
+def test_the_index_is_built_once_and_again_when_the_shard_changes(shard, write_tar, monkeypatch, pair):
     built = []
     real = shards.build_index
     monkeypatch.setattr(shards, "build_index", lambda path: built.append(path) or real(path))

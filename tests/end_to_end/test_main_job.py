@@ -101,7 +101,9 @@ def test_evaluation_report_and_use_of_the_trained_model(trained: Path, tmp_path:
     assert done.stdout.strip() == answer.strip()
 
 
-def test_an_interrupted_evaluation_goes_on_with_another_number_of_processes(trained: Path, tmp_path: Path, cli):
+def test_an_interrupted_evaluation_goes_on_with_another_number_of_processes(
+    trained: Path, tmp_path: Path, cli
+):
     arguments = ("eval", trained / "model", "--out", tmp_path, "--limit", "20", "--control-limit", "6")
     done = cli(*arguments, "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -47,9 +47,7 @@ def record(step: int, gap: float) -> dict[str, Any]:
     return made
 
 
-def setting(
-    shots: int, control: str | None, n: int, accuracy: float, half: float
-) -> dict[str, Any]:
+def setting(shots: int, control: str | None, n: int, accuracy: float, half: float) -> dict[str, Any]:
     return {
         "shots": shots,
         "control": control,
@@ -147,9 +145,7 @@ def test_figures_of_a_complete_run(complete: Path):
     assert set(report["versions"]) == {"python", "torch", "transformers", "deepspeed"}
     gap = report["final_loss_blank"]["captions"] - report["final_loss_beside_blank"]["captions"]
     assert gap == pytest.approx(1.0)
-    assert (
-        "97.2\u00a0% of 9,673 test questions; 67.0\u00a0% is possible without" in report["headline"]
-    )
+    assert "97.2\u00a0% of 9,673 test questions; 67.0\u00a0% is possible without" in report["headline"]
     assert report["headline"] in page
     assert "not measured" not in page
 
@@ -260,6 +256,7 @@ def figures(seen: float, blank: float | None, blind: float | None, gap: float) -
         ((0.97, 0.61, 0.67, 1.0), "67.0 % is possible without looking", "depend on the pictures"),
         ((0.66, 0.66, 0.67, 0.0), "no better than the 67.0 %", "It does not look"),
         ((0.50, 0.50, 0.67, 0.0), "worse than the 67.0 %", "It does not look"),
+        ((0.50, 0.50, 0.67, 1.0), "worse than the 67.0 %", "although its losses do"),
         ((0.60, 0.50, 0.67, 1.0), "it falls to 50.0 %", "not lift it above"),
         ((0.80, 0.80, 0.67, 0.0), "it answers as many", "Unclear"),
         ((0.50, 0.60, 0.67, 0.0), "it even rises to 60.0 %", "It does not look"),
@@ -268,7 +265,7 @@ def figures(seen: float, blank: float | None, blind: float | None, gap: float) -
         (
             (0.80, None, None, 0.01),
             "9,673 test questions.",
-            "with blanked images they are the same",
+            "they are hardly higher",
         ),
         ((0.80, None, None, 1.0), "9,673 test questions.", "The losses say that it looks"),
     ],

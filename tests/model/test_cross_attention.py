@@ -66,9 +66,7 @@ def by_mask(block: GatedCrossAttentionBlock, hidden, latents, seen=SEEN) -> torc
 
 
 @pytest.mark.parametrize(("attention", "feed_forward"), [(0.8, 0.0), (0.8, -0.6), (-1.5, 0.3)])
-def test_it_equals_masked_attention_over_all_images(
-    block, hidden, latents, attention, feed_forward
-):
+def test_it_equals_masked_attention_over_all_images(block, hidden, latents, attention, feed_forward):
     open_gates(block, attention, feed_forward)
     expected = by_mask(block, hidden, latents)
     torch.testing.assert_close(run(block, hidden, latents), expected, atol=1e-6, rtol=1e-6)
@@ -136,9 +134,7 @@ def test_rows_share_an_image_without_sharing_anything_else(block, hidden, latent
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-6, rtol=1e-6)
 
 
-def test_attention_weights_sum_to_one_where_an_image_is_seen_and_are_zero_elsewhere(
-    block, hidden, latents
-):
+def test_attention_weights_sum_to_one_where_an_image_is_seen_and_are_zero_elsewhere(block, hidden, latents):
     keys, _ = block.attn.project_media(latents)
     weights = block.attention_weights(hidden, keys, Runs.of(SEEN))
     assert weights.shape == (*SEEN.shape, LATENTS)

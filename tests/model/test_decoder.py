@@ -30,9 +30,7 @@ CASES = [
 ]
 # OPT-350m's embeddings are narrower than its layers.
 CASES += [
-    pytest.param(
-        "opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.3}, id="opt-projected"
-    )
+    pytest.param("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.3}, id="opt-projected")
 ]
 
 
@@ -50,9 +48,7 @@ def test_every_trained_parameter_learns_and_the_lm_does_not(build, ids, pixels, 
 
 
 @pytest.mark.parametrize(("family", "lm"), CASES)
-def test_the_lm_keeps_its_weight_names_and_works_as_before_on_its_own(
-    build, ids, pixels, family, lm
-):
+def test_the_lm_keeps_its_weight_names_and_works_as_before_on_its_own(build, ids, pixels, family, lm):
     model = build(family, lm=lm)
     conditioned = model.language_model
     alone = AutoModelForCausalLM.from_config(copy.deepcopy(conditioned.config)).eval()
@@ -93,9 +89,7 @@ def test_open_gates_let_the_images_in(build, ids, pixels, family, lm):
 
 
 @pytest.mark.parametrize(("family", "lm"), CASES)
-def test_generation_with_the_cache_writes_what_repeated_full_passes_write(
-    build, ids, pixels, family, lm
-):
+def test_generation_with_the_cache_writes_what_repeated_full_passes_write(build, ids, pixels, family, lm):
     model = build(family, lm=lm)
     written = ids
     with torch.no_grad():
@@ -170,9 +164,7 @@ def test_an_added_token_with_the_row_of_a_word_reads_as_that_word(build, family)
         ({"cross_attention_layers": [3, 0]}, [0, 3]),
     ],
 )
-def test_blocks_stand_before_the_layers_that_the_config_names(
-    build, ids, pixels, architecture, positions
-):
+def test_blocks_stand_before_the_layers_that_the_config_names(build, ids, pixels, architecture, positions):
     model = build(**architecture)
     order: list[str] = []
     watched = {f"layer {i}": m for i, m in enumerate(find_decoder_layers(model.language_model))}
@@ -181,9 +173,7 @@ def test_blocks_stand_before_the_layers_that_the_config_names(
         # The blocks run in a hook before the layer: a layer is noted when it is done.
         module.register_forward_hook(lambda *_, name=name: order.append(name))
     model(input_ids=ids, pixel_values=pixels)
-    expected = [
-        name for i in range(4) for name in ([f"block {i}"] * (i in positions) + [f"layer {i}"])
-    ]
+    expected = [name for i in range(4) for name in ([f"block {i}"] * (i in positions) + [f"layer {i}"])]
     assert order == expected
 
 

@@ -49,9 +49,7 @@ def encoder(tmp_path) -> str:
     (tmp_path / "encoder").mkdir()
     weights = timm.create_model("test_efficientnet").state_dict()
     save_file(weights, tmp_path / "encoder" / "model.safetensors")
-    (tmp_path / "encoder" / "config.json").write_text(
-        json.dumps({"architecture": "test_efficientnet"})
-    )
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps({"architecture": "test_efficientnet"}))
     return f"timm:{tmp_path / 'encoder'}"
 
 
@@ -135,9 +133,7 @@ def test_a_seed_fixes_the_new_parts_and_nothing_else(language, encoder):
 def test_added_tokens_start_near_the_mean_of_the_tables_and_apart(language, encoder):
     model, _ = create(vision=encoder, language=language, initializer_range=0.01, **SMALL)
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    for rows, table in zip(
-        (model.added_tokens.input, model.added_tokens.output), tables, strict=True
-    ):
+    for rows, table in zip((model.added_tokens.input, model.added_tokens.output), tables, strict=True):
         assert (rows - table.mean(dim=0)).abs().max() < 0.05
         assert not torch.equal(rows[0], rows[1])
 

@@ -78,9 +78,7 @@ def test_media_that_was_encoded_before_writes_the_same(model, ids, pixels):
 
 
 def test_input_ids_may_be_given_by_name(model, ids, pixels):
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **GREEDY
-    )
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **GREEDY)
     assert out[:, 7:].tolist() == write(model, ids, pixels).tolist()
 
 
@@ -98,9 +96,9 @@ def test_beams_find_the_likeliest_text_and_keep_each_row_at_its_image(model, pix
         first = logprobs(model, prompt, pictures)  # [2, V]
         likeliest = []
         for row in range(2):
-            longer = torch.cat(
-                (prompt[row].expand(words, -1), torch.arange(words)[:, None]), dim=1
-            )[: words - 1]  # every first token but <image>
+            longer = torch.cat((prompt[row].expand(words, -1), torch.arange(words)[:, None]), dim=1)[
+                : words - 1
+            ]  # every first token but <image>
             shown = pictures[row].expand(words - 1, -1, -1, -1)
             both = first[row, :-1, None] + logprobs(model, longer, shown)  # [V - 1, V]
             best = int(both[:, :-1].argmax())

@@ -18,9 +18,7 @@ def is_frozen(name: str) -> bool:
 # -- what is frozen ----------------------------------------------------------------------
 
 
-def test_a_step_of_an_optimizer_over_all_parameters_changes_the_trained_ones_only(
-    build, ids, pixels
-):
+def test_a_step_of_an_optimizer_over_all_parameters_changes_the_trained_ones_only(build, ids, pixels):
     model = build().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -90,6 +88,13 @@ def test_with_labels_only_the_logits_that_make_the_loss_are_made(model, ids, pix
     few = model(input_ids=ids, pixel_values=pixels, labels=labels).logits
     assert full.shape == (2, 7, 22) and few.shape == (1, 5, 22)
     torch.testing.assert_close(few[0], full[:, :-1][labels[:, 1:] != -100])
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_without_labels_the_logits_of_the_last_positions_can_be_asked_for(model, ids, pixels, count):
+    full = model(input_ids=ids, pixel_values=pixels).logits
+    last = model(input_ids=ids, pixel_values=pixels, logits_to_keep=count).logits
+    torch.testing.assert_close(last, full[:, -count:])
 
 
 def test_a_batch_without_targets_has_a_sum_of_zero(model, ids, pixels):

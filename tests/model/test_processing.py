@@ -21,9 +21,7 @@ def processor(model, seeing_tokenizer) -> FlamingoProcessor:
 
 
 def picture(seed: int, size=(50, 30)) -> PIL.Image.Image:
-    pixels = torch.randint(
-        256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed)
-    )
+    pixels = torch.randint(256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
     return PIL.Image.fromarray(pixels.byte().numpy())
 
 

@@ -91,3 +91,14 @@ def test_the_attention_map_of_one_layer_is_its_attention():
     weights = (torch.einsum("nhqd,nhkd->nhqk", q, k) * 8**-0.5).softmax(dim=-1).mean(dim=1)[..., :4]
     expected = weights / weights.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(resampler.attention_map(images), expected)
+
+
+def test_the_attention_map_holds_what_was_seen_in_earlier_layers():
+    """Half of it stays; what is taken from another latent is that latent's map."""
+    resampler, images = make(depth=2), 3 * grid(2, 4)
+    torch.nn.init.zeros_(resampler.layers[1][0].to_q.weight)  # looks at all 4 + 5 alike
+    maps = resampler.attention_map(images)
+    del resampler.layers[1]
+    first = resampler.attention_map(images)
+    of_latents = first.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(maps, 0.5 * (1 / 9 + 5 / 9 * of_latents + first))

@@ -98,9 +98,7 @@ def test_a_flamingo_with_this_encoder_is_saved_and_loaded(
     back = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
     size = model.config.vision_config.image_size
     pixels = torch.randn(3, 3, size, size)
-    torch.testing.assert_close(
-        back.encode_images(pixels), model.encode_images(pixels), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(back.encode_images(pixels), model.encode_images(pixels), atol=1e-5, rtol=1e-4)
     assert back(input_ids=ids, pixel_values=pixels).logits.isfinite().all()
 
 

@@ -17,9 +17,7 @@ def encoded(model, monkeypatch) -> list[int]:
     """How many pictures each call of the encoder had."""
     counts: list[int] = []
     encode = model.encode_images
-    monkeypatch.setattr(
-        model, "encode_images", lambda pixels: counts.append(len(pixels)) or encode(pixels)
-    )
+    monkeypatch.setattr(model, "encode_images", lambda pixels: counts.append(len(pixels)) or encode(pixels))
     return counts
 
 
@@ -41,9 +39,7 @@ def test_a_picture_is_encoded_once(model, make_batch, encoded):
     assert torch.equal(again, first)
 
 
-def test_new_pictures_beside_known_ones_come_back_in_the_order_of_the_batch(
-    model, make_batch, encoded
-):
+def test_new_pictures_beside_known_ones_come_back_in_the_order_of_the_batch(model, make_batch, encoded):
     cache = FeatureCache(model, 1.0)
     batch = make_batch([3, 3, 3], [1, 2, 1])
     expected = model.encode_images(batch.pixel_values)

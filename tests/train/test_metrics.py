@@ -66,9 +66,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_tensorboard_has_every_number(tmp_path):
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     write(tmp_path, 0, [1, 2])
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = {"loss/captions", "lr", "gate_attention/0", "gate_attention/1"}

@@ -78,9 +78,7 @@ def test_gradients_summed_over_micro_batches_are_those_of_one_batch(objective, m
         torch.testing.assert_close(summed[name], whole[name], atol=1e-6, rtol=1e-6)
 
 
-def test_the_loss_weighs_the_mean_over_the_target_tokens_of_each_source(
-    model, objective, make_batch
-):
+def test_the_loss_weighs_the_mean_over_the_target_tokens_of_each_source(model, objective, make_batch):
     batches = split(make_batch, [[0, 1, 2, 3]])
     loss, sums, _ = run(objective, batches)
     expected = 0.0
@@ -172,3 +170,17 @@ def test_under_autocast_weights_and_gradients_stay_float32(model, make_batch):
     loss.backward()
     assert loss.dtype == torch.float32
     assert {value.dtype for value in gradients(objective).values()} == {torch.float32}
+
+
+def test_a_checkpoint_of_the_objective_holds_what_is_trained_and_nothing_else(objective):
+    state = {name: value.clone() for name, value in objective.state_dict().items()}
+    assert set(state) == {n for n, p in objective.named_parameters() if p.requires_grad}
+    assert len(objective.model.state_dict()) > len(state)  # the model by itself is whole
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(1.0)
+    frozen = objective.model.get_input_embeddings().weight.clone()
+    missing, unexpected = objective.load_state_dict(state, strict=False)
+    assert not unexpected and all("language_model" in n or "vision" in n for n in missing)
+    assert torch.equal(objective.model.resampler.latents, state["model.resampler.latents"])
+    assert torch.equal(objective.model.get_input_embeddings().weight, frozen)

@@ -30,8 +30,7 @@ def check_kind(name: str) -> str:
     if "." in name or name in kind_names():
         return name
     raise ValueError(
-        f"unknown kind {name!r}: choose one of {', '.join(kind_names())}, "
-        "or give the dotted path of a module"
+        f"unknown kind {name!r}: choose one of {', '.join(kind_names())}, or give the dotted path of a module"
     )
 
 
