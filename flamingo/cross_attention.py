@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
-from flamingo.layers import attend, attention_weights, feed_forward, split_heads
+from flamingo.layers import FeedForward, attend, attention_weights, split_heads
 from flamingo.media import Runs
 
 
@@ -71,7 +71,7 @@ class GatedCrossAttentionBlock(nn.Module):
         heads, head_dim = config.cross_attention_heads, config.cross_attention_head_dim
         self.attn = CrossAttention(width, media_width, heads, head_dim)
         self.attn_gate = nn.Parameter(torch.full((1,), float(config.gate_init)))
-        self.ff = feed_forward(width, config.cross_attention_ff_mult)
+        self.ff = FeedForward(width, config.cross_attention_ff_mult)
         self.ff_gate = nn.Parameter(torch.full((1,), float(config.gate_init)))
 
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, runs: Runs) -> Tensor:

@@ -11,15 +11,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def feed_forward(width: int, mult: float) -> nn.Sequential:
+class FeedForward(nn.Sequential):
     """LayerNorm -> Linear -> GELU -> Linear, without biases (float[..., W] -> float[..., W])."""
-    inner = int(width * mult)
-    return nn.Sequential(
-        nn.LayerNorm(width),
-        nn.Linear(width, inner, bias=False),
-        nn.GELU(),
-        nn.Linear(inner, width, bias=False),
-    )
+
+    def __init__(self, width: int, mult: float):
+        inner = int(width * mult)
+        super().__init__(
+            nn.LayerNorm(width),
+            nn.Linear(width, inner, bias=False),
+            nn.GELU(),
+            nn.Linear(inner, width, bias=False),
+        )
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
-from flamingo.layers import attend, attention_weights, feed_forward, split_heads
+from flamingo.layers import FeedForward, attend, attention_weights, split_heads
 
 
 class PerceiverAttention(nn.Module):
@@ -55,7 +55,7 @@ class PerceiverResampler(nn.Module):
             nn.ModuleList(
                 [
                     PerceiverAttention(self.width, heads, head_dim),
-                    feed_forward(self.width, config.resampler_ff_mult),
+                    FeedForward(self.width, config.resampler_ff_mult),
                 ]
             )
             for _ in range(config.resampler_depth)

@@ -25,6 +25,10 @@ def easy_vqa(
         typer.Option(min=1, help="Pictures, each with a question and its answer, per document."),
     ] = 4,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Pairs or documents per tar file.")] = 1000,
+    balance: Annotated[
+        int,
+        typer.Option(min=0, help="Questions of each kind and yes/no answer; 0: every question once."),
+    ] = 2500,
     seed: Annotated[int, typer.Option(help="Decides which questions share a document.")] = 0,
 ) -> None:
     """Write the training split of easy-VQA as WebDataset shards.
@@ -41,7 +45,9 @@ def easy_vqa(
     from flamingo.data.easy_vqa import write_shards
 
     try:
-        card = write_shards(out, turns=turns, per_shard=samples_per_shard, seed=seed, track=_track)
+        card = write_shards(
+            out, turns=turns, per_shard=samples_per_shard, seed=seed, balance=balance or None, track=_track
+        )
     except ValueError as error:
         _stop(str(error))
     except OSError as error:

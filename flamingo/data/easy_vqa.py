@@ -35,7 +35,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("color", "shape", "has color", "has shape", "lacks color", "lacks shape")
 SPLITS = ("train", "test")
-FORMAT = 2  # of what is written; raise it when the same settings give other bytes
+FORMAT = 3  # of what is written; raise it when the same settings give other bytes
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,15 @@ def write_shards(
     turns: int = 4,
     per_shard: int = 1000,
     seed: int = 0,
+    balance: int | None = 2500,
     limit: int | None = None,
     track: Track = untracked,
 ) -> DatasetCard:
     """Write the training split as three families of shards into the folder `out`.
 
     pairs-000000.tar, ...: every picture with a caption ("A photo of a blue rectangle").
-    documents-000000.tar, ...: every question without a negation once, `turns` to a document, each
-    with its own picture, in an order drawn from `seed`; the last documents may be shorter.
+    documents-000000.tar, ...: the questions without a negation, `turns` to a document, each with
+    its own picture, in an order drawn from `seed`; the last documents may be shorter.
     negations-000000.tar, ...: the same of the questions with one ("is there no circle?"), apart
     because a curriculum wants them later: whether a negated answer is yes depends on the picture,
     the word and the negation at once, of which any two alone tell nothing.
@@ -161,6 +162,9 @@ def write_shards(
     bytes; a complete folder of the same settings is left as it is.
 
     Args:
+        balance: as many questions of every kind and, for yes and no, of each answer: commoner ones
+            are left out, rarer ones repeated, so that guessing by the question does not pay (as
+            VQA v2 was balanced). None: every question once.
         limit: only so many pictures (the first ones), for trials.
         track: shows progress, see `writing.Track`.
 
@@ -170,12 +174,13 @@ def write_shards(
     Raises:
         ValueError: a setting is wrong, or `out` holds something else.
     """
-    for name, value in (("turns", turns), ("per_shard", per_shard), ("limit", limit)):
+    numbers = {"turns": turns, "per_shard": per_shard, "balance": balance, "limit": limit}
+    for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     version = importlib.metadata.version("easy-vqa")
     settings = {"source": f"easy-vqa {version}", "split": "train", "format": FORMAT, "turns": turns}
-    settings |= {"per_shard": per_shard, "seed": seed, "limit": limit}
+    settings |= {"per_shard": per_shard, "seed": seed, "balance": balance, "limit": limit}
     if card := read_complete(out, settings):
         return card
     examples, counts = _usable(limit, track)
@@ -185,10 +190,11 @@ def write_shards(
     counts["pairs"] = len(captions)
     counts["pictures without caption"] = len({e.image_id for e in examples}) - len(captions)
     families = {"documents": [], "negations": []}
-    for example in examples:
+    asked = _balanced(examples, balance, seed) if balance else examples
+    for example in asked:
         families["negations" if example.kind.startswith("lacks") else "documents"].append(example)
-    documents = {name: _group(asked, turns, seed) for name, asked in families.items()}
-    counts["questions"] = len(examples)
+    documents = {name: _group(family, turns, seed) for name, family in families.items()}
+    counts["questions"] = len(asked)
     counts |= {name: len(grouped) for name, grouped in documents.items()}
     counts["shorter documents"] = sum(len(d) < turns for ds in documents.values() for d in ds)
     with new_folder(out) as folder:
@@ -231,6 +237,19 @@ def _captions(examples: Sequence[Example]) -> dict[Path, str]:
         if color and shape:
             captions[about[0].image_path] = f"A photo of a {color} {shape}"
     return captions
+
+
+def _balanced(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """`count` examples of each kind, and of each answer where that is yes or no."""
+    groups: defaultdict[tuple[str, str], list[Example]] = defaultdict(list)
+    for example in examples:
+        answer = example.answer if example.answer in ("yes", "no") else ""
+        groups[example.kind, answer].append(example)
+    chosen = []
+    for (kind, answer), group in sorted(groups.items()):
+        order = permutation(len(group), seed, "easy-vqa balance", kind, answer)
+        chosen += [group[order[i % len(group)]] for i in range(count)]
+    return chosen
 
 
 def _group(examples: Sequence[Example], turns: int, seed: int) -> list[list[Example]]:

@@ -21,7 +21,7 @@ LIMIT = 60
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("easy") / "shards"
-    return out, easy_vqa.write_shards(out, per_shard=50, limit=LIMIT)
+    return out, easy_vqa.write_shards(out, per_shard=50, limit=LIMIT, balance=None)
 
 
 def documents(out, family, kind):
@@ -163,11 +163,24 @@ def test_documents_hold_each_question_once_about_different_pictures(written):
     assert sum(lengths.values()) - lengths[4] == card.counts["shorter documents"] < 8
 
 
+def test_balanced_shards_hold_each_kind_and_answer_equally_often(tmp_path):
+    out = tmp_path / "balanced"
+    easy_vqa.write_shards(out, per_shard=50, limit=LIMIT, balance=10)
+    counts: Counter[tuple[str, str]] = Counter()
+    for family in ("documents", "negations"):
+        for document in documents(out, family, "interleaved"):
+            for question, answer in zip(document.items[1::3], document.items[2::3], strict=True):
+                kind = easy_vqa.question_kind(question.text.split(": ")[1].removesuffix(" Answer"))
+                counts[kind, answer.text.strip() if answer.text.strip() in ("yes", "no") else ""] += 1
+    binary = {(f"{a} {b}", c) for a in ("has", "lacks") for b in ("color", "shape") for c in ("yes", "no")}
+    assert counts == dict.fromkeys(binary | {("color", ""), ("shape", "")}, 10)
+
+
 def test_the_same_settings_give_the_same_bytes_and_others_do_not(written, tmp_path):
     _, card = written
-    again = easy_vqa.write_shards(tmp_path / "again", per_shard=50, limit=LIMIT)
+    again = easy_vqa.write_shards(tmp_path / "again", per_shard=50, limit=LIMIT, balance=None)
     assert again.files == card.files
-    other = easy_vqa.write_shards(tmp_path / "other", per_shard=50, limit=LIMIT, seed=1)
+    other = easy_vqa.write_shards(tmp_path / "other", per_shard=50, limit=LIMIT, balance=None, seed=1)
     assert other.files["pairs-000000.tar"] == card.files["pairs-000000.tar"]
     assert other.files["documents-000000.tar"] != card.files["documents-000000.tar"]
 
@@ -175,10 +188,10 @@ def test_the_same_settings_give_the_same_bytes_and_others_do_not(written, tmp_pa
 def test_a_complete_folder_is_kept_and_anything_else_is_not_overwritten(written, tmp_path):
     out, card = written
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert easy_vqa.write_shards(out, per_shard=50, limit=LIMIT) == card
+    assert easy_vqa.write_shards(out, per_shard=50, limit=LIMIT, balance=None) == card
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == stamps
     with pytest.raises(ValueError, match=r"other settings \(turns 4, not 2\)"):
-        easy_vqa.write_shards(out, per_shard=50, limit=LIMIT, turns=2)
+        easy_vqa.write_shards(out, per_shard=50, limit=LIMIT, balance=None, turns=2)
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
