@@ -74,14 +74,15 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff = FeedForward(width, config.cross_attention_ff_mult)
         self.ff_gate = nn.Parameter(torch.full((1,), float(config.gate_init)))
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, runs: Runs) -> Tensor:
+    def forward(self, hidden: Tensor, keys: Tensor | None, values: Tensor | None, runs: Runs) -> Tensor:
         """float[B, T, W] -> float[B, T, W] in the same dtype; keys, values: float[N, H, L, D].
+        None where no row has an image.
 
         A token that sees no image gets exactly zero from the attention (index_add touches only
         the others); the feed-forward applies to all tokens, as in the paper.
         """
         flat = rearrange(hidden, "b t w -> (b t) w").to(self.attn_gate.dtype)
-        if len(runs):
+        if keys is not None and values is not None and len(runs):
             looked = self.attn(flat[runs.token], keys[runs.image], values[runs.image])
             looked = rearrange(looked, "r s w -> (r s) w")[runs.slot] * self.attn_gate.tanh()
             flat = flat.index_add(0, runs.source, looked.to(flat.dtype))

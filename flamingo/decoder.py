@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,6 @@ class Conditioning:
     media: Media | None
     keep: Tensor | None = None  # bool[B, T]: positions whose logits are wanted (None: all)
     record: dict[int, Tensor] | None = None  # block -> attention weights, when asked for
-    blocks_run: int = field(default=0)
 
 
 class Decoder:
@@ -118,15 +117,18 @@ class Decoder:
     def _block_hook(self, index: int):
         def hook(layer, args, kwargs):
             slot = self.slot
-            if slot is None or slot.media is None:
+            if slot is None:
                 return None
             by_name = not args
             hidden = kwargs["hidden_states"] if by_name else args[0]
             block: GatedCrossAttentionBlock = self.blocks[index]  # type: ignore[assignment]
-            keys, values = slot.media.keys[index], slot.media.values[index]
-            if slot.record is not None:
+            # Without any image the feed-forward still runs: a row of text means the same alone
+            # as in a batch whose other rows have images.
+            keys = values = None
+            if slot.media is not None:
+                keys, values = slot.media.keys[index], slot.media.values[index]
+            if slot.record is not None and keys is not None:
                 slot.record[index] = block.attention_weights(hidden, keys, slot.runs)
-            slot.blocks_run += 1
             hidden = block(hidden, keys, values, slot.runs)
             if by_name:
                 return args, {**kwargs, "hidden_states": hidden}

@@ -60,7 +60,7 @@ def _complete(part: Path, target: Path, step: int, identity: dict) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Folders that were renamed into place, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def newest(folder: Path, identity: dict, warn: Any = print) -> Path | None:
@@ -91,9 +91,12 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when every file is as its manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        files, _ = dict(manifest["files"]), manifest["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error!r})"
+    there = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {MANIFEST}
+    if not files or there - set(files):
+        return f"{MANIFEST} does not know {sorted(there - set(files)) or 'any file'}"
     for name, digest in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"

@@ -5,15 +5,18 @@ Unknown keys are errors that name the nearest known key. Knows `data.config` onl
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flamingo.data.config import SourceConfig
+
+
+IDENTITY = ("seed", "steps", "model", "sources", "optimizer", "autocast")
 
 
 class Section(BaseModel):
@@ -44,7 +47,9 @@ class OptimizerConfig(Section):
 class Recipe(Section):
     """One training run. Steps are optimizer steps; batches are counted over all ranks."""
 
-    run: Path = Field(description="folder of the run: metrics, checkpoints, exported model")
+    run: Annotated[Path, BeforeValidator(str)] = Field(
+        description="folder of the run: metrics, checkpoints, exported model"
+    )
     seed: int = 0
     steps: int = Field(ge=1)
     model: ModelConfig
@@ -72,7 +77,7 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of a resumed run."""
-        return self.model_dump(mode="json", include={"seed", "model", "sources", "optimizer", "steps"})
+        return self.model_dump(mode="json", include=set(IDENTITY))
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -84,10 +89,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"recipe {path} is not there" + (f"; its folder has {near}" if near else ""))
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not YAML: {error}") from None
+    fields = _read_yaml(path.read_text(), f"recipe {path}")
     if not isinstance(fields, dict):
         raise ValueError(f"recipe {path}: expected keys and values, found {type(fields).__name__}")
     for override in overrides or []:
@@ -96,6 +98,22 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         raise ValueError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-4 for text; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} is not YAML: {error}") from None
 
 
 def _override(fields: dict[str, Any], override: str) -> None:
@@ -113,11 +131,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
             raise ValueError(f"override {key}: {name} holds one value, it has no keys below it")
     if isinstance(place, list):
         raise ValueError(f"override {key}: {parents[-1]} is a list; write {parents[-1]}.NAME.{last}")
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    place[last] = value
+    place[last] = _read_yaml(text, f"override {key}: the value {text!r}")
 
 
 def _by_name(items: list, name: str, key: str) -> dict:

@@ -29,6 +29,10 @@ class FeatureCache:
 
     def grids(self, batch: Batch) -> Tensor:
         """float[N, G, E], one per image of the batch in order, on the model's device."""
+        if not batch.image_keys:
+            config = self.model.config.vision_config
+            places = config.grid[0] * config.grid[1]  # type: ignore[union-attr]
+            return torch.empty(0, places, config.width, device=self.model.device)  # type: ignore[union-attr]
         pixels = batch.pixel_values
         made = [self.model.encode_images(part) for part in pixels.split(self.chunk)] if len(pixels) else []
         new = torch.cat(made) if made else None

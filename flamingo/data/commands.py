@@ -28,7 +28,7 @@ def easy_vqa(
     balance: Annotated[
         int,
         typer.Option(min=0, help="Questions of each kind and yes/no answer; 0: every question once."),
-    ] = 2500,
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Decides which questions share a document.")] = 0,
 ) -> None:
     """Write the training split of easy-VQA as WebDataset shards.

@@ -145,7 +145,7 @@ def write_shards(
     turns: int = 4,
     per_shard: int = 1000,
     seed: int = 0,
-    balance: int | None = 2500,
+    balance: int | None = None,
     limit: int | None = None,
     track: Track = untracked,
 ) -> DatasetCard:

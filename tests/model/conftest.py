@@ -43,7 +43,13 @@ def text_config(family: str = "llama", **fields: Any) -> PreTrainedConfig:
 
 def config(text: PreTrainedConfig, **architecture: Any) -> FlamingoConfig:
     grid = FlamingoVisionConfig(
-        source="timm", name="test_efficientnet", image_size=SIDE, width=256, grid=[2, 2]
+        source="timm",
+        name="test_efficientnet",
+        image_size=SIDE,
+        width=256,
+        grid=[2, 2],
+        mean=[0.3, 0.4, 0.5],
+        std=[0.2, 0.3, 0.4],
     )
     small = {
         "resampler_depth": 2,
