@@ -12,7 +12,7 @@ class FlamingoVisionConfig(PreTrainedConfig):
 
     source: file name in `flamingo/vision/` that builds it; name: its name there;
     width: channels of the grid; grid: (rows, columns) at `image_size` pixels;
-    mean, std: RGB normalisation of pixels in [0, 1]; kwargs: passed to the source.
+    mean, std: RGB normalisation of pixels in [0, 1]; options: passed to the source.
     """
 
     model_type = "flamingo_vision"
@@ -25,7 +25,7 @@ class FlamingoVisionConfig(PreTrainedConfig):
     grid: list[int] | tuple[int, ...] = (7, 7)
     mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    kwargs: dict | None = None
+    options: dict | None = None
 
 
 class FlamingoConfig(PreTrainedConfig):

@@ -43,10 +43,10 @@ def find_decoder_layers(language_model: nn.Module) -> nn.ModuleList:
 class AddedTokens(nn.Module):
     """Input and output rows of the added tokens: the LM's own tables stay frozen."""
 
-    def __init__(self, count: int, width: int):
+    def __init__(self, count: int, input_width: int, output_width: int):
         super().__init__()
-        self.input = nn.Parameter(torch.empty(count, width))
-        self.output = nn.Parameter(torch.empty(count, width))
+        self.input = nn.Parameter(torch.empty(count, input_width))
+        self.output = nn.Parameter(torch.empty(count, output_width))
 
     @torch.no_grad()
     def start_from(self, table: Tensor, output_table: Tensor, std: float) -> None:
@@ -111,7 +111,8 @@ class Decoder:
         ids, self._ids = self._ids, None
         is_added = ids >= self.first_added
         places = is_added.nonzero(as_tuple=True)
-        rows = self.added.input[ids[places] - self.first_added]
+        # Some tables scale what they give (Gemma): an added row is treated like a word's.
+        rows = self.added.input[ids[places] - self.first_added] * getattr(module, "embed_scale", 1.0)
         return output.index_put(places, rows.to(output.dtype))
 
     def _block_hook(self, index: int):

@@ -34,6 +34,12 @@ def create(
     tokenizer = AutoTokenizer.from_pretrained(language)
     language_model = AutoModelForCausalLM.from_pretrained(language, dtype=frozen_dtype)
     first_added = len(tokenizer)
+    known = [token for token in ADDED_TOKENS if token in tokenizer.get_vocab()]
+    if known:
+        raise ValueError(
+            f"language={language!r}: its tokenizer has {', '.join(known)} already, whose rows lie in "
+            "its frozen tables; name the language model that it was made from"
+        )
     tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED_TOKENS)})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -48,7 +54,9 @@ def create(
     )
     torch.manual_seed(seed)
     model = FlamingoForConditionalGeneration(config)
-    model.language_model.to(frozen_dtype).load_state_dict(language_model.state_dict())
+    for parameter in model.language_model.parameters():
+        parameter.data = parameter.data.to(frozen_dtype)  # buffers such as rotary frequencies stay
+    model.language_model.load_state_dict(language_model.state_dict())
     source.load(model.vision_encoder, name)
     model.vision_encoder.to(frozen_dtype)
     tables = [e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings())]

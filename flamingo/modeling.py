@@ -6,6 +6,8 @@ W LM width, V vocabulary with the added tokens, M supervised positions.
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +72,19 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AddedTokens):
             nn.init.normal_(module.input, std=std)
             nn.init.normal_(module.output, std=std)
+        elif module is getattr(self, "vision_encoder", None):
+            self._restore_tables(module)
         elif isinstance(module, GatedCrossAttentionBlock):
             nn.init.constant_(module.attn_gate, self.config.gate_init)
             nn.init.constant_(module.ff_gate, self.config.gate_init)
+
+    def _restore_tables(self, encoder: nn.Module) -> None:
+        """Loading leaves buffers that no checkpoint holds (position tables) uninitialised."""
+        hidden = {name for name, _ in encoder.named_buffers()} - set(encoder.state_dict())
+        if hidden:
+            fresh = vision.build(self.config.vision_config)  # type: ignore[arg-type]
+            for name in hidden:
+                encoder.get_buffer(name).copy_(fresh.get_buffer(name))
 
 
 class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin):
@@ -88,10 +100,20 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
             GatedCrossAttentionBlock(config, text.hidden_size, self.resampler.width)
             for _ in config.block_positions
         )
-        self.added_tokens = AddedTokens(2, text.hidden_size)
+        tables = (self.get_input_embeddings(), self.get_output_embeddings())
+        self.added_tokens = AddedTokens(2, *(table.weight.shape[1] for table in tables))
+        takes = inspect.signature(self.language_model.forward).parameters
+        self._takes_positions = "position_ids" in takes  # ALiBi models have none
         self._decoder = Decoder(config, self.language_model, self.gated_blocks, self.added_tokens)
         self.freeze()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; what is frozen is frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
 
     # -- what is frozen ------------------------------------------------------------------
 
@@ -183,6 +205,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         pixel_values: Tensor | None = None,
         media: Media | None = None,
         seen: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         reduction: str = "mean",
         logits_to_keep: int = 0,
@@ -193,7 +216,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         input_ids, attention_mask: int64[B, T]; pixel_values: float[N, 3, H, W], the images in
         the order of the <image> tokens, row by row; media: the same images already encoded
         (`media()`); seen: int64[B, T], the image of each token where the ids alone cannot tell
-        (generation with a cache); labels: int64[B, T], -100 where nothing is predicted, shifted
+        (generation with a cache); position_ids: int64[B, T], for LMs that
+        take them; labels: int64[B, T], -100 where nothing is predicted, shifted
         inside; reduction: "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without
         labels, logits of so many last positions only (0: of all), as in transformers.
         Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
@@ -212,6 +236,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         elif logits_to_keep:
             keep = torch.zeros_like(input_ids, dtype=torch.bool)
             keep[:, -logits_to_keep:] = True
+        if position_ids is not None and self._takes_positions:
+            kwargs["position_ids"] = position_ids
         conditioning = Conditioning(Runs.of(seen), media, keep)
         with self._decoder.conditioned(conditioning):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -269,6 +295,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         Rows sum to 1, or are 0 where the token sees no image. The logits of a token are made at
         the position *before* it: look there for where the model looked when it chose a token.
         """
+        if not len(pixel_values):
+            return torch.zeros(*input_ids.shape, math.prod(self.config.vision_config.grid))  # type: ignore
         grids = self.encode_images(pixel_values)
         media = self.media(grids=grids)
         seen = self._seen(input_ids, media)
@@ -277,7 +305,9 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
             self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         assert conditioning.record is not None
         gates = torch.stack([b.attn_gate.float().tanh().abs() for b in self.gated_blocks])  # type: ignore
-        shares = (gates / gates.sum().clamp_min(1e-12)).flatten()
+        if not gates.any():  # all shut, as before training: every block counts alike
+            gates = torch.ones_like(gates)
+        shares = (gates / gates.sum()).flatten()
         tokens = sum(shares[i] * w for i, w in conditioning.record.items())  # [B, T, L]
         places = self.resampler.attention_map(grids)[seen.clamp_min(0)]  # [B, T, L, G]
         maps = torch.einsum("btl,btlg->btg", tokens, places)

@@ -15,7 +15,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from flamingo.data.config import SourceConfig
 
-
 IDENTITY = ("seed", "steps", "model", "sources", "optimizer", "autocast")
 
 

@@ -1,9 +1,10 @@
 """Optimizer step -> the micro-batches of this rank, for any number of ranks and micro-batches.
 
 Sample i of step s is position (s - start) * batch + i of its source, which joins at step `start`.
-Rank r of R takes a contiguous run of i, in `accumulation` equal parts: read in the order of ranks, then parts, the samples of a step are
-the same whatever R and `accumulation` are. The only state of a run is the number of steps that it
-has consumed, which belongs to the trainer: workers may have read ahead.
+Rank r of R takes a contiguous run of i, in `accumulation` equal parts: read in the order of ranks,
+then parts, the samples of a step are the same whatever R and `accumulation` are. The only state of
+a run is the number of steps that it has consumed, which belongs to the trainer: workers may have
+read ahead.
 """
 
 from __future__ import annotations

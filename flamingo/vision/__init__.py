@@ -12,6 +12,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+import torch
+
 from flamingo.config import FlamingoVisionConfig
 
 
@@ -31,5 +33,7 @@ def source(name: str) -> ModuleType:
 
 def build(config: FlamingoVisionConfig):
     """The encoder of a config with random weights, frozen."""
-    encoder = source(config.source).build(config)
+    # Also while transformers builds on the meta device: encoders keep tables that no checkpoint has.
+    with torch.device("cpu"):
+        encoder = source(config.source).build(config)
     return encoder.eval().requires_grad_(False)

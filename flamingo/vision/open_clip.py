@@ -58,12 +58,12 @@ def describe(name: str, **kwargs) -> FlamingoVisionConfig:
         grid=[patches, patches],
         mean=list(mean),
         std=list(std),
-        kwargs=kwargs or None,
+        options=kwargs or None,
     )
 
 
 def build(config: FlamingoVisionConfig) -> nn.Module:
-    return OpenClipEncoder(config.name, **(config.kwargs or {}))
+    return OpenClipEncoder(config.name, **(config.options or {}))
 
 
 def load(encoder: nn.Module, name: str) -> None:
