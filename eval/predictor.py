@@ -73,7 +73,8 @@ class Predictor:
             part = new[start : start + ENCODE_CHUNK]
             pixels = torch.stack([self.pixels(image) for image in part]).to(self.model.device)
             latents = self.model.resampler(self.model.encode_images(pixels))
-            self.latents.update(zip(part, latents, strict=True))
+            for image, latent in zip(part, latents, strict=True):
+                self.latents[image] = latent
         return torch.stack([self.latents[image] for image in images])
 
     def pixels(self, image: Path | None) -> Tensor:

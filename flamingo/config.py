@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 
 ADDED_TOKENS = ("<|endofchunk|>", "<image>")  # the order of released OpenFlamingo tokenizers
@@ -41,7 +43,7 @@ class FlamingoConfig(PreTrainedConfig):
     """
 
     model_type = "flamingo"
-    sub_configs = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
+    sub_configs = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}  # type: ignore
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -78,7 +80,7 @@ class FlamingoConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check()
 
-    def get_text_config(self, decoder=None, encoder=None):
+    def get_text_config(self, decoder=None, encoder=None) -> Any:
         """The LM's config: generation caches take their number of layers from it."""
         return self if self.text_config is None else self.text_config
 

@@ -11,6 +11,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
+def residual_projection(inputs: int, outputs: int) -> nn.Linear:
+    """A projection whose output is added to a residual: it starts small (`_init_weights`)."""
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.adds_to_residual = True  # type: ignore[assignment]
+    return linear
+
+
 class FeedForward(nn.Sequential):
     """LayerNorm -> Linear -> GELU -> Linear, without biases (float[..., W] -> float[..., W])."""
 
@@ -20,7 +27,7 @@ class FeedForward(nn.Sequential):
             nn.LayerNorm(width),
             nn.Linear(width, inner, bias=False),
             nn.GELU(),
-            nn.Linear(inner, width, bias=False),
+            residual_projection(inner, width),
         )
 
 

@@ -20,11 +20,10 @@ from transformers.utils.generic import ModelOutput
 
 from flamingo import vision
 from flamingo.config import FlamingoConfig
-from flamingo.cross_attention import CrossAttention, GatedCrossAttentionBlock, Media
+from flamingo.cross_attention import GatedCrossAttentionBlock, Media
 from flamingo.decoder import AddedTokens, Conditioning, Decoder
-from flamingo.layers import FeedForward
 from flamingo.media import Runs, image_offsets, immediate_image
-from flamingo.resampler import PerceiverAttention, PerceiverResampler
+from flamingo.resampler import PerceiverResampler
 
 
 @dataclass
@@ -44,7 +43,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     config_class = FlamingoConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -57,29 +56,26 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            ends = getattr(module, "adds_to_residual", False)
+            nn.init.normal_(module.weight, std=std if ends else module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, (PerceiverAttention, CrossAttention)):
-            nn.init.normal_(module.to_out.weight, std=std)
-        elif isinstance(module, FeedForward):
-            nn.init.normal_(module[-1].weight, std=std)  # type: ignore[arg-type]
         elif isinstance(module, PerceiverResampler):
             nn.init.normal_(module.latents)
         elif isinstance(module, AddedTokens):
             nn.init.normal_(module.input, std=std)
             nn.init.normal_(module.output, std=std)
-        elif module is getattr(self, "vision_encoder", None):
-            self._restore_tables(module)
         elif isinstance(module, GatedCrossAttentionBlock):
             nn.init.constant_(module.attn_gate, self.config.gate_init)
             nn.init.constant_(module.ff_gate, self.config.gate_init)
 
-    def _restore_tables(self, encoder: nn.Module) -> None:
+    @torch.no_grad()
+    def _restore_tables(self) -> None:
         """Loading leaves buffers that no checkpoint holds (position tables) uninitialised."""
+        encoder: nn.Module = self.vision_encoder  # type: ignore[assignment]
         hidden = {name for name, _ in encoder.named_buffers()} - set(encoder.state_dict())
         if hidden:
             fresh = vision.build(self.config.vision_config)  # type: ignore[arg-type]
@@ -112,7 +108,9 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers; what is frozen is frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze()
+        model._restore_tables()
         return loaded
 
     # -- what is frozen ------------------------------------------------------------------
@@ -266,16 +264,18 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         kwargs.setdefault("eos_token_id", self._stop_tokens(kwargs.get("generation_config")))
         suppressed = list(kwargs.pop("suppress_tokens", None) or [])
         suppressed.append(self.config.image_token_id)
-        return super().generate(input_ids, media=media, seen=seen, suppress_tokens=suppressed, **kwargs)
+        return super().generate(  # type: ignore[misc]
+            input_ids, media=media, seen=seen, suppress_tokens=suppressed, **kwargs
+        )
 
     def _stop_tokens(self, generation_config) -> list[int]:
         eos = (generation_config or self.generation_config).eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         return list(dict.fromkeys([*eos, self.config.end_of_chunk_token_id]))
 
-    def prepare_inputs_for_generation(self, input_ids, seen=None, **kwargs):  # type: ignore[override]
+    def prepare_inputs_for_generation(self, input_ids: Any, seen: Any = None, **kwargs):  # type: ignore[override]
         """New tokens see the image that the last prompt token saw (they cannot be <image>)."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
         missing = input_ids.shape[1] - seen.shape[1]
         if missing:
             seen = torch.cat((seen, seen[:, -1:].expand(-1, missing)), dim=1)
@@ -296,6 +296,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         the position *before* it: look there for where the model looked when it chose a token.
         """
         if not len(pixel_values):
+            self._seen(input_ids, None)
             return torch.zeros(*input_ids.shape, math.prod(self.config.vision_config.grid))  # type: ignore
         grids = self.encode_images(pixel_values)
         media = self.media(grids=grids)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -73,7 +74,7 @@ class FlamingoProcessor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+    def __init__(self, image_processor=None, tokenizer: Any = None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)

@@ -18,6 +18,11 @@ from flamingo.data.config import SourceConfig
 IDENTITY = ("seed", "steps", "model", "sources", "optimizer", "autocast")
 
 
+def _number_as_text(value: Any) -> Any:
+    """A folder may be called 2024, which YAML reads as a number."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -46,7 +51,7 @@ class OptimizerConfig(Section):
 class Recipe(Section):
     """One training run. Steps are optimizer steps; batches are counted over all ranks."""
 
-    run: Annotated[Path, BeforeValidator(str)] = Field(
+    run: Annotated[Path, BeforeValidator(_number_as_text)] = Field(
         description="folder of the run: metrics, checkpoints, exported model"
     )
     seed: int = 0

@@ -22,7 +22,7 @@ def join_group() -> tuple[int, int]:
     if not torch.cuda.is_available():
         # On a CPU, DeepSpeed compiles a shared-memory op that training never calls: that would
         # need a compiler, and half a minute at the first start.
-        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

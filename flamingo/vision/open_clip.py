@@ -7,6 +7,8 @@ N images, H, W pixels, E channels, G grid positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import open_clip
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from flamingo.config import FlamingoVisionConfig
 
 class OpenClipEncoder(nn.Module):
     """float[N, 3, H, W] normalised pixels -> float[N, G, E], patch tokens without the class."""
+
+    model: Any  # the library's own module
 
     def __init__(self, name: str, **kwargs):
         super().__init__()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -22,6 +23,8 @@ from flamingo.config import FlamingoVisionConfig
 
 class TimmEncoder(nn.Module):
     """float[N, 3, H, W] normalised pixels -> float[N, G, E], the last feature map."""
+
+    model: Any  # the library's own module
 
     def __init__(self, name: str, **kwargs):
         super().__init__()

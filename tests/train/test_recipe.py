@@ -97,6 +97,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(recipe_file, override, 
         ("model.vision.x=1", "vision holds one value"),
         ("optimizer.betas=[0.9", "optimizer.betas"),  # not YAML
         ("run=@home", "run"),
+        ("run=", "run"),  # no folder named None
         ("sources.turns.kind=interleave", "interleaved"),
     ],
 )
