@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
-from flamingo.layers import FeedForward, attend, attention_weights, residual_projection, split_heads
+from flamingo.layers import FeedForward, attend, attention_weights, split_heads
 from flamingo.media import Runs
 
 
@@ -47,7 +47,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, heads * head_dim, bias=False)
         self.to_kv = nn.Linear(media_width, 2 * heads * head_dim, bias=False)
-        self.to_out = residual_projection(heads * head_dim, width)
+        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def project_media(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """float[N, L, W] -> keys, values float[N, H, L, D]: once per image, not per token."""

@@ -11,13 +11,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def residual_projection(inputs: int, outputs: int) -> nn.Linear:
-    """A projection whose output is added to a residual: it starts small (`_init_weights`)."""
-    linear = nn.Linear(inputs, outputs, bias=False)
-    linear.adds_to_residual = True  # type: ignore[assignment]
-    return linear
-
-
 class FeedForward(nn.Sequential):
     """LayerNorm -> Linear -> GELU -> Linear, without biases (float[..., W] -> float[..., W])."""
 
@@ -27,7 +20,7 @@ class FeedForward(nn.Sequential):
             nn.LayerNorm(width),
             nn.Linear(width, inner, bias=False),
             nn.GELU(),
-            residual_projection(inner, width),
+            nn.Linear(inner, width, bias=False),
         )
 
 

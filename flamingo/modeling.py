@@ -49,15 +49,14 @@ class FlamingoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Projections by their fan-in; what is added to a residual by `initializer_range`.
+        """Projections by their fan-in, tables by `initializer_range`.
 
         With fan-in the blocks' nonlinearities work from the start: at a fifth of it attention is
         nearly uniform and GELU nearly linear, and a word and a picture cannot be compared.
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            ends = getattr(module, "adds_to_residual", False)
-            nn.init.normal_(module.weight, std=std if ends else module.in_features**-0.5)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):

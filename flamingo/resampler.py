@@ -12,7 +12,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
-from flamingo.layers import FeedForward, attend, attention_weights, residual_projection, split_heads
+from flamingo.layers import FeedForward, attend, attention_weights, split_heads
 
 
 class PerceiverAttention(nn.Module):
@@ -25,7 +25,7 @@ class PerceiverAttention(nn.Module):
         self.norm_latents = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, heads * head_dim, bias=False)
         self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
-        self.to_out = residual_projection(heads * head_dim, width)
+        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def project(self, media: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """float[N, G, W], float[N, L, W] -> q [N, H, L, D], k and v [N, H, G + L, D]."""
