@@ -27,7 +27,7 @@ quickstart: $(STAMP)
 	@$(BIN)/flamingo quickstart --run $(RUN) $(if $(STEPS),--steps $(STEPS))
 
 test: $(STAMP)
-	@echo "Running the tests: about 5 minutes on two cores."
+	@echo "Running the tests: about 10 minutes on two cores."
 	@$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(STAMP)

@@ -45,7 +45,8 @@ class Objective(nn.Module):
             nll = self._nll(batch, blank)
             sums[name] = nll.detach().double()
             loss = loss + self.weights[name] * nll / max(1, targets[name])
-        if torch.is_grad_enabled():
+        whole = all(batch.n_targets and batch.image_keys for batch in batches.values())
+        if torch.is_grad_enabled() and not (batches and whole):
             # A rank without images or targets still takes part in every reduction.
             loss = loss + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return loss, sums
