@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -131,9 +132,12 @@ def export(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
     dtype = next(model.language_model.parameters()).dtype
     model.to(dtype).save_pretrained(part)  # type: ignore[arg-type]
     processor.save_pretrained(part)
+    old = out.with_suffix(".old")
     if out.exists():
-        out.rename(out.with_suffix(".old"))
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
     part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _summary(recipe: Recipe, model, world: int, start: int, seconds: float) -> None:
