@@ -14,7 +14,7 @@ from flamingo.processing import IMAGE
 
 
 def choose(records: list[dict], count: int, seed: int = 0) -> list[dict]:
-    """A few answers of every kind, half of them wrong where there are wrong ones."""
+    """A few answers of every kind, up to a third of them wrong."""
     shuffled = random.Random(seed).sample(records, len(records))
     kinds = sorted({record["kind"] for record in records})
     wrong = [r for r in shuffled if not r["score"]][: count // 3]

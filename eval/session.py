@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flamingo.eval import benchmarks, run
 from flamingo.eval.few_shot import Setting
-from flamingo.runtime import cores, quiet_libraries, short_attention, tune_cpu
+from flamingo.runtime import default_processes, quiet_libraries, short_attention, tune_cpu
 
 PLAN = "plan.json"
 
@@ -74,13 +74,6 @@ def evaluate(
     (out / "gallery.json").write_text(json.dumps(_gallery(model, benchmark, answers, chosen[0])))
     (out / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-def default_processes() -> int:
-    """One per GPU, or two on a CPU with two cores or more."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else min(2, cores())
 
 
 def _spread(answers: Path, processes: int) -> None:

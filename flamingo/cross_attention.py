@@ -7,7 +7,7 @@ R runs of tokens that see the same image, S slots of a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -28,14 +28,6 @@ class Media:
 
     def __len__(self) -> int:
         return len(self.latents)
-
-    def detach(self) -> Media:
-        return replace(
-            self,
-            keys=tuple(k.detach() for k in self.keys),
-            values=tuple(v.detach() for v in self.values),
-            latents=self.latents.detach(),
-        )
 
 
 class CrossAttention(nn.Module):

@@ -14,6 +14,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_processes() -> int:
+    """Processes side by side on this machine: one per GPU; without one, two if there are two cores."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else min(2, cores())
+
+
 def tune_cpu(processes: int = 1) -> None:
     """Share the cores among `processes` on this machine, and keep freed memory.
 
@@ -63,7 +70,6 @@ def quiet_libraries() -> None:
     """Only what concerns the user: libraries' notices and progress bars of small steps off."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -6,17 +6,8 @@ import os
 import subprocess
 import sys
 
-from flamingo.runtime import cores
+from flamingo.runtime import cores, default_processes
 from flamingo.train.config import read_recipe
-
-
-def default_ranks() -> int:
-    """All GPUs; without one, two processes if there are two cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return min(2, cores())
 
 
 def environment(ranks: int) -> dict[str, str]:
@@ -33,7 +24,7 @@ def environment(ranks: int) -> dict[str, str]:
 def launch(recipe: str, overrides: list[str], resume: bool, ranks: int | None) -> int:
     """Check the recipe here, where its errors are short, then run it. Returns the exit status."""
     read_recipe(recipe, overrides)
-    ranks = ranks or default_ranks()
+    ranks = ranks or default_processes()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += [
         "--quiet",

@@ -1,6 +1,6 @@
 """Frozen vision encoders, one file per source. Knows `config` only.
 
-A source is a module in this folder (or a dotted path elsewhere) with two functions:
+A source is a module in this folder (or a dotted path elsewhere) with three functions:
     describe(name, **kwargs) -> FlamingoVisionConfig     what the encoder is, without weights
     build(config) -> nn.Module                           float[N, 3, H, W] -> float[N, G, E]
     load(module, name) -> None                           pretrained weights into it
