@@ -20,16 +20,37 @@ def image_offsets(input_ids: Tensor, image_token_id: int) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-def immediate_image(input_ids: Tensor, image_token_id: int, offsets: Tensor) -> Tensor:
+def segment_starts(segment_ids: Tensor) -> Tensor:
+    """int64[B, T]: index of the first token of each token's document, in packed rows."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    first = torch.ones_like(segment_ids, dtype=torch.bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return torch.where(first, index, 0).cummax(dim=1).values
+
+
+def restarting_positions(segment_ids: Tensor) -> Tensor:
+    """int64[B, T]: position of each token in its own document."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return index - segment_starts(segment_ids)
+
+
+def immediate_image(
+    input_ids: Tensor, image_token_id: int, offsets: Tensor, segment_ids: Tensor | None = None
+) -> Tensor:
     """Flat number of the image that each token follows most closely, -1 before any image.
 
     Alayrac et al. 2022, section 2.3.1: a token attends to the image just before it; earlier
     images reach it through the LM's self-attention. The <image> token sees its own image.
 
-    input_ids: int64[B, T]; offsets: int64[B] (`image_offsets`). Returns int64[B, T].
+    input_ids: int64[B, T]; offsets: int64[B] (`image_offsets`); segment_ids: int64[B, T], the
+    document of each token of packed rows: images of others are not seen. Returns int64[B, T].
     """
-    seen = (input_ids == image_token_id).cumsum(dim=1)  # images up to and including here
-    return torch.where(seen > 0, seen - 1 + rearrange(offsets, "b -> b 1"), -1)
+    is_image = (input_ids == image_token_id).long()
+    seen = is_image.cumsum(dim=1)  # images up to and including here
+    others = torch.zeros_like(seen)  # those of the documents before in the same row
+    if segment_ids is not None:
+        others = (seen - is_image).gather(1, segment_starts(segment_ids))
+    return torch.where(seen > others, seen - 1 + rearrange(offsets, "b -> b 1"), -1)
 
 
 @dataclass(frozen=True)

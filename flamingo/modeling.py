@@ -22,7 +22,7 @@ from flamingo import vision
 from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock, Media
 from flamingo.decoder import AddedTokens, Conditioning, Decoder
-from flamingo.media import Runs, image_offsets, immediate_image
+from flamingo.media import Runs, image_offsets, immediate_image, restarting_positions
 from flamingo.resampler import PerceiverResampler
 
 
@@ -182,7 +182,9 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         pairs = [block.attn.project_media(latents) for block in self.gated_blocks]  # type: ignore
         return Media(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), latents)
 
-    def _seen(self, input_ids: Tensor, media: Media | None) -> Tensor:
+    def _seen(
+        self, input_ids: Tensor, media: Media | None, segment_ids: Tensor | None = None
+    ) -> Tensor:
         token = self.config.image_token_id
         wanted = int((input_ids == token).sum())
         given = 0 if media is None else len(media)
@@ -191,7 +193,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
                 f"{wanted} <image> tokens in input_ids but {given} images in pixel_values: "
                 "every <image> needs one picture, in the same order"
             )
-        return immediate_image(input_ids, token, image_offsets(input_ids, token))
+        return immediate_image(input_ids, token, image_offsets(input_ids, token), segment_ids)
 
     # -- forward -------------------------------------------------------------------------
 
@@ -203,6 +205,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         media: Media | None = None,
         seen: Tensor | None = None,
         position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         labels: Tensor | None = None,
         reduction: str = "mean",
         logits_to_keep: int = 0,
@@ -214,7 +217,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         the order of the <image> tokens, row by row; media: the same images already encoded
         (`media()`); seen: int64[B, T], the image of each token where the ids alone cannot tell
         (generation with a cache); position_ids: int64[B, T], for LMs that
-        take them; labels: int64[B, T], -100 where nothing is predicted, shifted
+        take them; segment_ids: int64[B, T], the document of each token where rows are packed
+        (instead of attention_mask and position_ids; see `packs`); labels: int64[B, T], -100 where nothing is predicted, shifted
         inside; reduction: "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without
         labels, logits of so many last positions only (0: of all), as in transformers.
         Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
@@ -224,7 +228,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         if media is None and pixel_values is not None and len(pixel_values):
             media = self.media(pixel_values=pixel_values)
         if seen is None:
-            seen = self._seen(input_ids, media)
+            seen = self._seen(input_ids, media, segment_ids)
         keep = targets = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -233,6 +237,11 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         elif logits_to_keep:
             keep = torch.zeros_like(input_ids, dtype=torch.bool)
             keep[:, -logits_to_keep:] = True
+        if segment_ids is not None:
+            # transformers tells packed documents by positions that restart, without mask and cache.
+            assert attention_mask is None and self._takes_positions, "these rows cannot be packed"
+            position_ids = restarting_positions(segment_ids)
+            kwargs["use_cache"] = False
         if position_ids is not None and self._takes_positions:
             kwargs["position_ids"] = position_ids
         conditioning = Conditioning(Runs.of(seen), media, keep)
@@ -245,6 +254,21 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         elif keep is not None:
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
         return FlamingoOutput(loss=loss, logits=logits, past_key_values=out.past_key_values)
+
+    @torch.no_grad()
+    def packs(self) -> bool:
+        """Whether documents in one row stay apart in this LM: asked of the LM itself.
+
+        What stands before must not change a document at all, and alone it must be the same.
+        """
+        if not self._takes_positions:
+            return False
+        ids = torch.arange(1, 13, device=self.device)[None] % self.config.first_added_token_id
+        segments = (torch.arange(12, device=self.device) >= 5).long()[None]
+        other = torch.cat((ids[:, 5:10].flip(1), ids[:, 5:]), dim=1)
+        row, changed = (self(x, segment_ids=segments).logits[:, 5:].float() for x in (ids, other))
+        alone = self(ids[:, 5:], use_cache=False).logits.float()
+        return torch.equal(row, changed) and torch.allclose(row, alone, rtol=0.1, atol=0.1)
 
     # -- generation ----------------------------------------------------------------------
 

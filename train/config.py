@@ -60,6 +60,9 @@ class Recipe(Section):
     sources: list[SourceConfig] = Field(min_length=1)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
     accumulation: int = Field(1, ge=1, description="micro-batches per step, source and rank")
+    pack_tokens: int = Field(
+        0, ge=0, description="documents share rows of at most so many tokens; 0: one document a row"
+    )
     autocast: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="arithmetic of the trained part; its weights are always float32"
     )
@@ -77,6 +80,12 @@ class Recipe(Section):
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"sources: names must differ, got {names}")
+        long = [source.name for source in self.sources if source.max_tokens > self.pack_tokens]
+        if self.pack_tokens and long:
+            raise ValueError(
+                f"pack_tokens={self.pack_tokens} is shorter than max_tokens of {', '.join(long)}: "
+                "raise it, lower max_tokens, or set it to 0 for one document a row"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flamingo.data.batch import Batch
+from flamingo.data.packing import Rows
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 
@@ -27,24 +27,24 @@ class FeatureCache:
         """Whether the loader may skip the pixels of this picture."""
         return key in self.kept
 
-    def grids(self, batch: Batch) -> Tensor:
-        """float[N, G, E], one per image of the batch in order, on the model's device."""
-        if not batch.image_keys:
+    def grids(self, rows: Rows) -> Tensor:
+        """float[N, G, E], one per image of the rows in order, on the model's device."""
+        if not rows.image_keys:
             config = self.model.config.vision_config
             places = config.grid[0] * config.grid[1]  # type: ignore[union-attr]
             return torch.empty(0, places, config.width, device=self.model.device)  # type: ignore[union-attr]
-        pixels = batch.pixel_values
+        pixels = rows.pixel_values
         made = [self.model.encode_images(part) for part in pixels.split(self.chunk)] if len(pixels) else []
         new = torch.cat(made) if made else None
-        rows = []
-        for key, index in zip(batch.image_keys, batch.pixel_index.tolist(), strict=True):
+        grids = []
+        for key, index in zip(rows.image_keys, rows.pixel_index.tolist(), strict=True):
             if index < 0:
-                rows.append(self.kept[key].to(self.model.device, non_blocking=True))
+                grids.append(self.kept[key].to(self.model.device, non_blocking=True))
             else:
                 assert new is not None
-                rows.append(new[index])
+                grids.append(new[index])
                 self._keep(key, new[index])
-        return torch.stack(rows)
+        return torch.stack(grids)
 
     def blank(self, count: int) -> Tensor:
         """float[count, G, E]: grids of a blank picture, which is encoded once."""

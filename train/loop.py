@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo.data.packing import Rows, packed, padded
 from flamingo.data.steps import StepBatches, StepDataset, step_loader
 from flamingo.train import checkpoint
 from flamingo.train.config import Recipe
@@ -31,6 +32,10 @@ class Trainer:
         )
         self.objective: Objective = engine.module
         self.names = [source.name for source in recipe.sources]
+        self.pack_tokens = recipe.pack_tokens
+        if self.pack_tokens and not self.objective.model.packs():
+            self.pack_tokens = 0
+            metrics.say("this language model mixes documents that share a row: one document a row")
 
     def run(self, start: int) -> None:
         """Train from step `start` (steps already done) to the recipe's last."""
@@ -61,11 +66,10 @@ class Trainer:
             group["lr"] = rate
         sums = torch.zeros(len(self.names), dtype=torch.float64)
         for number in range(self.recipe.accumulation):
-            micro = {name: batches[name][number].to(self.engine.device) for name in batches}
-            loss, parts = self.engine(micro, targets)
+            loss, parts = self.engine(self.rows(batches, number), targets)
             # DeepSpeed averages over ranks; the objective already counts tokens of all ranks.
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
-            sums += self._vector(parts)
+            sums += parts.cpu()
             if number + 1 < self.recipe.accumulation:
                 self.engine.step()
         losses = self._mean(sums, targets)
@@ -79,6 +83,15 @@ class Trainer:
             **self._sizes(batches),
         }
 
+    def rows(self, batches: StepBatches, number: int) -> list[Rows]:
+        """Micro-batch `number` of all sources as rows on this rank's device."""
+        micro = [batches[name][number] if name in batches else None for name in self.names]
+        if self.pack_tokens:
+            passes = packed(micro, self.pack_tokens, self.objective.model.config.image_token_id)
+        else:
+            passes = padded(micro)
+        return [rows.to(self.engine.device, non_blocking=True) for rows in passes]
+
     def count_targets(self, batches: StepBatches) -> dict[str, int]:
         """Target tokens of each source over all ranks and micro-batches of the step."""
         local = [sum(batch.n_targets for batch in batches.get(name, [])) for name in self.names]
@@ -90,9 +103,8 @@ class Trainer:
         """The step's loss with its images replaced by blanks: equal means it does not look."""
         targets, sums = self.count_targets(batches), torch.zeros(len(self.names), dtype=torch.float64)
         for number in range(self.recipe.accumulation):
-            micro = {name: batches[name][number].to(self.engine.device) for name in batches}
-            _, parts = self.objective(micro, targets, blank=True)
-            sums += self._vector(parts)
+            _, parts = self.objective(self.rows(batches, number), targets, blank=True)
+            sums += parts.cpu()
         return self._mean(sums, targets)
 
     def _mean(self, sums: Tensor, targets: dict[str, int]) -> dict[str, float]:
@@ -100,11 +112,6 @@ class Trainer:
         total = sum_over_ranks(sums.to(self.engine.device)).tolist()
         each = zip(self.names, total, strict=True)
         return {name: round(nll / targets[name], 6) for name, nll in each if targets[name]}
-
-    def _vector(self, parts: dict[str, Tensor]) -> Tensor:
-        """Summed NLL per source, float64[sources]; 0 for one that has not joined."""
-        zero = torch.zeros((), dtype=torch.float64)
-        return torch.stack([parts[name].cpu() if name in parts else zero for name in self.names])
 
     def _check_finite(self, step: int, losses: dict[str, float], batches: StepBatches) -> None:
         """Decided on sums over all ranks, so all ranks stop together."""

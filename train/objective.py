@@ -2,17 +2,17 @@
 
 loss = sum over sources of weight x (summed NLL of the source / its target tokens over all
 ranks and micro-batches): the step does not depend on how its batch was split.
-B rows, T tokens, N images, G grid positions, E encoder width.
+M targets: tokens with loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from flamingo.data.batch import Batch
+from flamingo.data.packing import Rows
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.train.features import FeatureCache
 
@@ -32,39 +32,44 @@ class Objective(nn.Module):
         self.register_state_dict_post_hook(_trained_only)
 
     def forward(
-        self, batches: Mapping[str, Batch], targets: Mapping[str, int], blank: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """batches: one micro-batch of each source; targets: tokens of each source in the step.
+        self, passes: Sequence[Rows], targets: Mapping[str, int], blank: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """passes: rows of one micro-batch, whose `source` counts the sources in the order of
+        `weights`; targets: tokens of each source in the step.
 
         blank: the images replaced by blank ones (zeros: the mean colour).
-        Returns the loss float[] and, per source, the summed NLL float64[] without gradient.
+        Returns the loss float[] and the summed NLL of each source, float64[sources] without graph.
         """
+        shares = [weight / max(1, targets[name]) for name, weight in self.weights.items()]
+        share = torch.tensor(shares, device=self.model.device)
         loss = torch.zeros((), device=self.model.device)
-        sums: dict[str, Tensor] = {}
-        for name, batch in batches.items():
-            nll = self._nll(batch, blank)
-            sums[name] = nll.detach().double()
-            loss = loss + self.weights[name] * nll / max(1, targets[name])
-        whole = all(batch.n_targets and batch.image_keys for batch in batches.values())
-        if torch.is_grad_enabled() and not (batches and whole):
+        sums = torch.zeros(len(shares), dtype=torch.float64, device=self.model.device)
+        whole = bool(passes)
+        for rows in passes:
+            source = rows.target_source
+            whole &= bool(len(source) and rows.image_keys)
+            if not len(source):
+                continue
+            nll = self._nll(rows, blank)
+            sums.index_add_(0, source, nll.detach().double())
+            loss = loss + (nll * share[source]).sum()
+        if torch.is_grad_enabled() and not whole:
             # A rank without images or targets still takes part in every reduction.
             loss = loss + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return loss, sums
 
-    def _nll(self, batch: Batch, blank: bool) -> Tensor:
-        """Summed NLL of one micro-batch: float32[]."""
-        device = self.model.device
-        if batch.n_targets == 0:
-            return torch.zeros((), device=device)
-        images = len(batch.image_keys)
-        grids = self.cache.blank(images) if blank else self.cache.grids(batch)
+    def _nll(self, rows: Rows, blank: bool) -> Tensor:
+        """NLL of each target, row by row: float32[M]."""
+        device, images = self.model.device, len(rows.image_keys)
+        grids = self.cache.blank(images) if blank else self.cache.grids(rows)
         with torch.autocast(device.type, self.autocast, enabled=self.autocast != torch.float32):
             out = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
+                input_ids=rows.input_ids,
+                attention_mask=rows.attention_mask,
+                segment_ids=rows.segment_ids,
                 media=self.model.media(grids=grids) if images else None,
-                labels=batch.labels,
-                reduction="sum",
+                labels=rows.labels,
+                reduction="none",
             )
         return out.loss
 

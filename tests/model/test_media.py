@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flamingo.media import Runs, image_offsets, immediate_image
+from flamingo.media import Runs, image_offsets, immediate_image, restarting_positions
 
 IMAGE, PAD = 99, 0
 
@@ -38,6 +38,30 @@ def tokens(*rows: str) -> torch.Tensor:
 def test_a_token_sees_the_image_that_it_follows_most_closely(rows, seen):
     ids = tokens(*rows)
     assert immediate_image(ids, IMAGE, image_offsets(ids, IMAGE)).tolist() == seen
+
+
+@pytest.mark.parametrize(
+    ("row", "segments", "seen"),
+    [
+        ("ItIt", "0011", [0, 0, 1, 1]),
+        ("ItttIt", "001122", [0, 0, -1, -1, 1, 1]),  # text only after an image of another document
+        ("IttIt", "00111", [0, 0, -1, 1, 1]),  # text before its own image
+        ("IIttt", "00001", [0, 1, 1, 1, -1]),
+        ("ttIpp", "00122", [-1, -1, 0, -1, -1]),  # padding is a document of its own
+    ],
+)
+def test_in_a_packed_row_images_of_other_documents_are_not_seen(row, segments, seen):
+    ids = tokens(row, row)
+    parts = torch.tensor([[int(digit) for digit in segments]] * 2)
+    found = immediate_image(ids, IMAGE, image_offsets(ids, IMAGE), parts)
+    images = row.count("I")
+    assert found.tolist() == [seen, [s if s < 0 else s + images for s in seen]]
+
+
+def test_positions_restart_with_each_document():
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, -1, -1]])
+    expected = [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]]
+    assert restarting_positions(segments).tolist() == expected
 
 
 def test_offsets_count_the_images_of_the_rows_before():

@@ -5,15 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flamingo.data.packing import packed, padded
 from flamingo.train.features import FeatureCache
 from flamingo.train.objective import Objective
 
 WEIGHTS = {"captions": 1.0, "turns": 0.3}
+IMAGE = 21  # id of <image> in the tiny model
 
 
 @pytest.fixture
 def objective(model) -> Objective:
     return Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.float32)
+
+
+def passes(batches: dict, pack: int = 0) -> list:
+    """One micro-batch of each source as the rows that the objective takes."""
+    micro = [batches.get(name) for name in WEIGHTS]
+    return packed(micro, pack, IMAGE) if pack else padded(micro)
 
 
 def gradients(objective) -> dict[str, torch.Tensor]:
@@ -26,7 +34,12 @@ def gradients(objective) -> dict[str, torch.Tensor]:
 
 
 def targets(batches: dict) -> dict[str, int]:
-    return {name: sum(b.n_targets for b in of) for name, of in batches.items()}
+    return {name: sum(b.n_targets for b in batches.get(name, [])) for name in WEIGHTS}
+
+
+def counts_of(name: str, count: int) -> dict[str, int]:
+    """So many targets in one source, none in the others."""
+    return {**dict.fromkeys(WEIGHTS, 0), name: count}
 
 
 # (words, images) of the rows of a step: rows of different lengths, several images, none.
@@ -56,14 +69,14 @@ def split(make_batch, parts: list[list[int]]) -> dict[str, list]:
     return batches
 
 
-def run(objective, batches: dict[str, list]) -> tuple[float, dict[str, float], dict]:
+def run(objective, batches: dict[str, list], pack: int = 0) -> tuple[float, dict[str, float], dict]:
     """Loss, summed NLL of each source, gradients: summed over micro-batches."""
     counts, loss, sums = targets(batches), 0.0, dict.fromkeys(batches, 0.0)
     for micro in zip(*batches.values(), strict=True):
-        part, parts = objective(dict(zip(batches, micro, strict=True)), counts)
+        part, parts = objective(passes(dict(zip(batches, micro, strict=True)), pack), counts)
         part.backward()
         loss += part.item()
-        sums = {name: sums[name] + parts[name].item() for name in sums}
+        sums = {name: sums[name] + value for name, value in zip(WEIGHTS, parts.tolist(), strict=True)}
     return loss, sums, gradients(objective)
 
 
@@ -74,6 +87,19 @@ def test_gradients_summed_over_micro_batches_are_those_of_one_batch(objective, m
     loss_parts, sums_parts, summed = run(objective, split(make_batch, parts))
     assert loss_parts == pytest.approx(loss, rel=1e-5)
     assert sums_parts == pytest.approx(sums, rel=1e-5)
+    for name in whole:
+        torch.testing.assert_close(summed[name], whole[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pack", [16, 24, 200])
+@pytest.mark.parametrize("parts", SPLITS)
+def test_packed_rows_give_the_loss_and_the_gradients_of_padded_ones(objective, make_batch, parts, pack):
+    """Text-only documents and documents that begin without an image among them."""
+    objective.model.double()
+    loss, sums, whole = run(objective, split(make_batch, parts))
+    packed_loss, packed_sums, summed = run(objective, split(make_batch, parts), pack)
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert packed_sums == pytest.approx(sums, rel=1e-5)
     for name in whole:
         torch.testing.assert_close(summed[name], whole[name], atol=1e-6, rtol=1e-6)
 
@@ -99,8 +125,8 @@ def test_the_loss_weighs_the_mean_over_the_target_tokens_of_each_source(model, o
 
 def test_the_summed_losses_carry_no_graph(objective, make_batch):
     batches = {"captions": make_batch([4], [1])}
-    _, sums = objective(batches, {"captions": 2})
-    assert not sums["captions"].requires_grad and sums["captions"].dtype == torch.float64
+    _, sums = objective(passes(batches), counts_of("captions", 2))
+    assert not sums.requires_grad and sums.dtype == torch.float64
 
 
 @pytest.mark.parametrize("images", [[0, 0], [1, 0]])
@@ -109,7 +135,7 @@ def test_a_batch_with_or_without_images_gives_every_trained_parameter_a_gradient
 ):
     """Or the other ranks would wait for it in a collective."""
     batch = make_batch([6, 5], images)
-    loss, _ = objective({"captions": batch}, {"captions": batch.n_targets})
+    loss, _ = objective(passes({"captions": batch}), counts_of("captions", batch.n_targets))
     loss.backward()
     found = gradients(objective)  # every trained parameter has one
     assert all(value.isfinite().all() for value in found.values())
@@ -120,24 +146,24 @@ def test_a_batch_with_or_without_images_gives_every_trained_parameter_a_gradient
 def test_a_batch_without_targets_adds_zero_and_zero_gradients(objective, make_batch):
     batch = make_batch([6], [1])
     batch.labels.fill_(-100)
-    loss, sums = objective({"captions": batch}, {"captions": 5})
+    loss, sums = objective(passes({"captions": batch}), counts_of("captions", 5))
     loss.backward()
-    assert loss.item() == 0.0 and sums["captions"].item() == 0.0
+    assert loss.item() == 0.0 and not sums.any()
     assert not any(value.any() for value in gradients(objective).values())
 
 
 def test_a_step_without_targets_anywhere_is_not_divided_by_zero(objective, make_batch):
     batch = make_batch([6], [1])
     batch.labels.fill_(-100)
-    loss, _ = objective({"captions": batch}, {"captions": 0})
+    loss, _ = objective(passes({"captions": batch}), counts_of("captions", 0))
     assert loss.item() == 0.0
 
 
 def test_blank_images_change_the_loss_of_rows_with_images_only(objective, make_batch):
     def loss(batch, blank: bool) -> float:
         with torch.no_grad():
-            given = {"captions": batch}
-            return objective(given, {"captions": batch.n_targets}, blank=blank)[0].item()
+            counts = counts_of("captions", batch.n_targets)
+            return objective(passes({"captions": batch}), counts, blank=blank)[0].item()
 
     seeing, text = make_batch([6, 7], [1, 2]), make_batch([6, 7], [0, 0])
     assert abs(loss(seeing, blank=True) - loss(seeing, blank=False)) > 1e-3
@@ -146,7 +172,7 @@ def test_blank_images_change_the_loss_of_rows_with_images_only(objective, make_b
 
 def test_a_blank_image_is_the_mean_colour(model, objective, make_batch):
     batch = make_batch([6, 7], [1, 2])
-    given, counts = {"captions": batch}, {"captions": 1}
+    given, counts = passes({"captions": batch}), counts_of("captions", 1)
     with torch.no_grad():
         blank = objective(given, counts, blank=True)[0].item()
         batch.pixel_values.zero_()
@@ -156,7 +182,7 @@ def test_a_blank_image_is_the_mean_colour(model, objective, make_batch):
 def test_without_gradients_the_loss_is_the_same(objective, make_batch):
     """As when the blank loss is measured."""
     batch = make_batch([6, 7], [1, 2])
-    given, counts = {"captions": batch}, {"captions": 1}
+    given, counts = passes({"captions": batch}), counts_of("captions", 1)
     with torch.no_grad():
         quiet, _ = objective(given, counts)
     assert not quiet.requires_grad
@@ -166,7 +192,7 @@ def test_without_gradients_the_loss_is_the_same(objective, make_batch):
 def test_under_autocast_weights_and_gradients_stay_float32(model, make_batch):
     objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.bfloat16)
     batch = make_batch([6], [1])
-    loss, _ = objective({"captions": batch}, {"captions": batch.n_targets})
+    loss, _ = objective(passes({"captions": batch}), counts_of("captions", batch.n_targets))
     loss.backward()
     assert loss.dtype == torch.float32
     assert {value.dtype for value in gradients(objective).values()} == {torch.float32}

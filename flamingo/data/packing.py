@@ -1,0 +1,160 @@
+"""Batches of several sources -> the rows of one forward pass.
+
+Packed, documents of all sources stand one after the other in a row, each a segment of its own:
+no attention across them, positions that restart, no image of another document in sight. Nothing
+is computed for padding but at the ends of rows, and matrix products are as tall as they can be.
+B rows, T tokens of the longest row, N images in the order of their <image> tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flamingo.data.batch import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one forward pass sees.
+
+    Attributes:
+        input_ids: int64[B, T]; labels: int64[B, T], `IGNORE` where there is no loss, not shifted.
+        source: int64[B, T], the number of the batch that a token came from.
+        attention_mask: int64[B, T] for padded rows, None for packed ones.
+        segment_ids: int64[B, T] for packed rows, None for padded ones; the padding at the end of
+            a row is a segment too.
+        pixel_values, pixel_index, image_keys: as in `Batch`, of all images in the order of rows.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    source: Tensor
+    attention_mask: Tensor | None
+    segment_ids: Tensor | None
+    pixel_values: Tensor
+    pixel_index: Tensor
+    image_keys: list[str]
+
+    @property
+    def target_source(self) -> Tensor:
+        """int64[M]: the source of each target, in the order of the model's `reduction="none"`."""
+        return self.source[:, 1:][self.labels[:, 1:] != IGNORE]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
+        """The same rows on another device."""
+        moved = {
+            name: value.to(device=device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def padded(batches: Sequence[Batch | None]) -> list[Rows]:
+    """One forward pass per batch, one document per row, padded on the right.
+
+    batches: one of each source, None for a source that has not joined yet.
+    """
+    return [
+        Rows(
+            input_ids=batch.input_ids,
+            labels=batch.labels,
+            source=torch.full_like(batch.input_ids, number),
+            attention_mask=batch.attention_mask,
+            segment_ids=None,
+            pixel_values=batch.pixel_values,
+            pixel_index=batch.pixel_index,
+            image_keys=batch.image_keys,
+        )
+        for number, batch in enumerate(batches)
+        if batch is not None
+    ]
+
+
+@dataclass
+class _Piece:
+    """One document of one batch: its tokens, and which of all images are its own."""
+
+    source: int
+    ids: Tensor
+    labels: Tensor
+    images: list[int]
+
+
+def packed(batches: Sequence[Batch | None], row_tokens: int, image_token_id: int) -> list[Rows]:
+    """All documents in one forward pass of rows of at most `row_tokens` tokens.
+
+    batches: as for `padded`. First fit, longest first: the order of documents within a step does
+    not change its result. Raises ValueError for a document longer than a row.
+    """
+    joined = [(number, batch) for number, batch in enumerate(batches) if batch is not None]
+    rows = _first_fit(_pieces(joined, image_token_id), row_tokens)
+    order = [image for row in rows for piece in row for image in piece.images]
+    keys = [key for _, batch in joined for key in batch.image_keys]
+    return [
+        Rows(
+            input_ids=_join([[piece.ids for piece in row] for row in rows], 0),
+            labels=_join([[piece.labels for piece in row] for row in rows], IGNORE),
+            source=_join([[torch.full_like(p.ids, p.source) for p in row] for row in rows], 0),
+            attention_mask=None,
+            segment_ids=_join(
+                [[torch.full_like(p.ids, number) for number, p in enumerate(row)] for row in rows], -1
+            ),
+            pixel_values=torch.cat([batch.pixel_values for _, batch in joined]),
+            pixel_index=_pixel_index([batch for _, batch in joined])[order],
+            image_keys=[keys[image] for image in order],
+        )
+    ]
+
+
+def _pixel_index(batches: list[Batch]) -> Tensor:
+    """int64[N]: as in `Batch`, into the pixels of all batches; -1 stays -1."""
+    found, before = [], 0
+    for batch in batches:
+        found.append(torch.where(batch.pixel_index < 0, -1, batch.pixel_index + before))
+        before += len(batch.pixel_values)
+    return torch.cat(found)
+
+
+def _pieces(batches: list[tuple[int, Batch]], image_token_id: int) -> list[_Piece]:
+    """The documents of (number of the source, batch) pairs."""
+    pieces, first = [], 0
+    for number, batch in batches:
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        counts = (batch.input_ids == image_token_id).sum(dim=1).tolist()
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            labels = batch.labels[row, :length].clone()
+            labels[0] = IGNORE  # the document before must not predict the first token of this one
+            images = list(range(first, first + count))
+            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images))
+            first += count
+    return pieces
+
+
+def _first_fit(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
+    rows: list[list[_Piece]] = []
+    room: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
+        length = len(piece.ids)
+        if length > row_tokens:
+            raise ValueError(
+                f"a document of {length} tokens does not fit in a packed row of {row_tokens}: "
+                "raise pack_tokens, or lower the source's max_tokens"
+            )
+        place = next((i for i, left in enumerate(room) if left >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(row_tokens)
+        rows[place].append(piece)
+        room[place] -= length
+    return rows
+
+
+def _join(rows: list[list[Tensor]], fill: int) -> Tensor:
+    """Rows of pieces -> int64[B, T], filled up on the right."""
+    joined = [torch.cat(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=fill)

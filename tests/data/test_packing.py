@@ -1,0 +1,109 @@
+"""Documents of several sources share rows, and nothing of one shows in another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flamingo.data.batch import IGNORE, Batch
+from flamingo.data.packing import packed, padded
+
+IMAGE, END = 90, 91
+
+
+def batch(*documents: str, first: int = 0, known: tuple[str, ...] = ()) -> Batch:
+    """Documents of I (image) and letters (text with loss), padded; `known` pictures have no pixels."""
+    rows = [[IMAGE if letter == "I" else ord(letter) - 96 for letter in text] for text in documents]
+    longest = max(map(len, rows))
+    keys = [f"{first + i}.{n}" for i, text in enumerate(documents) for n in range(text.count("I"))]
+    fresh = [key for key in keys if key not in known]
+
+    def pad(row: list[int], fill: int) -> list[int]:
+        return row + [fill] * (longest - len(row))
+
+    return Batch(
+        input_ids=torch.tensor([pad(row, 0) for row in rows]),
+        attention_mask=torch.tensor([pad([1] * len(row), 0) for row in rows]),
+        labels=torch.tensor([pad([IGNORE if t == IMAGE else t for t in row], IGNORE) for row in rows]),
+        pixel_values=torch.tensor([float(fresh.index(k) + 10 * first) for k in fresh]).view(-1, 1, 1, 1),
+        pixel_index=torch.tensor([fresh.index(k) if k in fresh else -1 for k in keys], dtype=torch.int64),
+        image_keys=keys,
+        keys=[str(first + i) for i in range(len(documents))],
+    )
+
+
+def documents(rows) -> list[tuple[int, tuple[int, ...]]]:
+    """(source, tokens) of each segment that is not padding."""
+    found = []
+    for ids, source, segments in zip(rows.input_ids, rows.source, rows.segment_ids, strict=True):
+        for number in range(int(segments.max()) + 1):
+            inside = segments == number
+            assert inside.nonzero().squeeze(1).diff().eq(1).all()  # in one piece
+            found.append((int(source[inside][0]), tuple(ids[inside].tolist())))
+    return found
+
+
+CAPTIONS, TURNS = batch("Iab", "Ic"), batch("aIbIcd", "efg", first=5)
+
+
+@pytest.mark.parametrize("row_tokens", [6, 7, 9, 14, 100])
+def test_every_document_stands_in_one_piece_in_one_row(row_tokens):
+    (rows,) = packed([CAPTIONS, TURNS], row_tokens, IMAGE)
+    text = lambda s: tuple(IMAGE if c == "I" else ord(c) - 96 for c in s)  # noqa: E731
+    expected = [(0, text("Iab")), (0, text("Ic")), (1, text("aIbIcd")), (1, text("efg"))]
+    assert sorted(documents(rows)) == sorted(expected)
+    assert rows.input_ids.shape[1] <= row_tokens
+    assert rows.attention_mask is None
+
+
+def test_one_long_row_has_no_padding():
+    (rows,) = packed([CAPTIONS, TURNS], 100, IMAGE)
+    assert rows.input_ids.shape == (1, 14) and (rows.segment_ids >= 0).all()
+
+
+def test_padding_is_a_segment_of_its_own_without_loss():
+    (rows,) = packed([CAPTIONS, TURNS], 8, IMAGE)
+    padding = rows.segment_ids < 0
+    assert padding.any() and (rows.labels[padding] == IGNORE).all()
+
+
+def test_no_document_predicts_the_first_token_of_the_next():
+    (rows,) = packed([CAPTIONS, TURNS], 100, IMAGE)
+    starts = torch.ones_like(rows.segment_ids, dtype=torch.bool)
+    starts[:, 1:] = rows.segment_ids.diff(dim=1) != 0
+    assert (rows.labels[starts] == IGNORE).all()
+    assert len(rows.target_source) == CAPTIONS.n_targets + TURNS.n_targets
+    assert rows.target_source.bincount().tolist() == [CAPTIONS.n_targets, TURNS.n_targets]
+
+
+def test_images_follow_the_order_of_their_tokens():
+    (rows,) = packed([CAPTIONS, TURNS], 100, IMAGE)
+    assert rows.image_keys == ["5.0", "5.1", "0.0", "1.0"]  # longest document first
+    assert rows.pixel_values[rows.pixel_index].flatten().tolist() == [50.0, 51.0, 0.0, 1.0]
+
+
+def test_pictures_without_pixels_stay_marked():
+    turns = batch("aIbIcd", first=5, known=("5.0",))
+    (rows,) = packed([batch("Iab", "Ic", known=("0.0",)), turns], 100, IMAGE)
+    assert rows.image_keys == ["5.0", "5.1", "0.0", "1.0"]
+    assert [int(i) for i in rows.pixel_index] == [-1, 1, -1, 0]
+    assert rows.pixel_values.flatten().tolist() == [0.0, 50.0]
+
+
+def test_a_source_that_has_not_joined_keeps_the_others_numbers():
+    (rows,) = packed([None, TURNS], 100, IMAGE)
+    assert set(rows.target_source.tolist()) == {1}
+    (rows,) = padded([None, TURNS])
+    assert set(rows.target_source.tolist()) == {1}
+
+
+def test_a_document_longer_than_a_row_is_named_with_the_setting():
+    with pytest.raises(ValueError, match="6 tokens .* row of 5.*pack_tokens"):
+        packed([TURNS], 5, IMAGE)
+
+
+def test_padded_rows_are_the_batches_themselves():
+    rows = padded([CAPTIONS, TURNS])
+    assert [r.input_ids.shape for r in rows] == [CAPTIONS.input_ids.shape, TURNS.input_ids.shape]
+    assert all(r.segment_ids is None for r in rows)
+    assert sum(len(r.target_source) for r in rows) == CAPTIONS.n_targets + TURNS.n_targets
