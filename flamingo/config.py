@@ -38,6 +38,9 @@ class FlamingoConfig(PreTrainedConfig):
     Gated blocks (section 2.2): before LM layers `cross_attention_layers`, or, when that is
     None, before every layer i with i % cross_attention_every == cross_attention_offset.
     `gate_init` is the value of the gates' parameter: 0 starts at the untouched LM.
+    `cross_attention_scale`: one factor per block for all that it adds; None: 1, as in the paper.
+    `flamingo.create` sets it to the size of the LM's residual stream at the block, which in an LM
+    of today grows a hundredfold from the first layer to the last.
 
     Raises ValueError for a value that no architecture can have.
     """
@@ -61,6 +64,7 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention_heads: int = 8
     cross_attention_head_dim: int = 64
     cross_attention_ff_mult: float = 4.0
+    cross_attention_scale: list[float] | None = None
     gate_init: float = 0.0
 
     first_added_token_id: int = -1
@@ -114,4 +118,10 @@ class FlamingoConfig(PreTrainedConfig):
             raise ValueError(
                 f"cross_attention_layers={positions}: needs one or more different layers in "
                 f"0..{layers - 1}, the layers of the language model"
+            )
+        scales = self.cross_attention_scale
+        if scales is not None and (len(scales) != len(positions) or min(scales) <= 0):
+            raise ValueError(
+                f"cross_attention_scale={scales}: needs one number above 0 for each of the "
+                f"{len(positions)} gated blocks, or None"
             )

@@ -56,10 +56,14 @@ class CrossAttention(nn.Module):
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """x + tanh(attn_gate) * attention, then x + tanh(ff_gate) * feed-forward."""
+    """x + scale * tanh(attn_gate) * attention, then x + scale * tanh(ff_gate) * feed-forward.
 
-    def __init__(self, config: FlamingoConfig, width: int, media_width: int):
+    scale: a constant (`FlamingoConfig.cross_attention_scale`), 1 in the paper.
+    """
+
+    def __init__(self, config: FlamingoConfig, width: int, media_width: int, scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         heads, head_dim = config.cross_attention_heads, config.cross_attention_head_dim
         self.attn = CrossAttention(width, media_width, heads, head_dim)
         self.attn_gate = nn.Parameter(torch.full((1,), float(config.gate_init)))
@@ -76,9 +80,9 @@ class GatedCrossAttentionBlock(nn.Module):
         flat = rearrange(hidden, "b t w -> (b t) w").to(self.attn_gate.dtype)
         if keys is not None and values is not None and len(runs):
             looked = self.attn(flat[runs.token], keys[runs.image], values[runs.image])
-            looked = rearrange(looked, "r s w -> (r s) w")[runs.slot] * self.attn_gate.tanh()
+            looked = rearrange(looked, "r s w -> (r s) w")[runs.slot] * (self.scale * self.attn_gate.tanh())
             flat = flat.index_add(0, runs.source, looked.to(flat.dtype))
-        flat = flat + self.ff_gate.tanh() * self.ff(flat)
+        flat = flat + self.scale * self.ff_gate.tanh() * self.ff(flat)
         return flat.view_as(hidden).to(hidden.dtype)
 
     def attention_weights(self, hidden: Tensor, keys: Tensor, runs: Runs) -> Tensor:

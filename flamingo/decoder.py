@@ -40,6 +40,35 @@ def find_decoder_layers(language_model: nn.Module) -> nn.ModuleList:
     return found[outer[0]]  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def residual_rms(language_model: nn.Module, rows: list[list[int]]) -> list[float]:
+    """How large the residual stream is before each decoder layer: median over tokens of the root
+    mean square of a token's hidden state, mean over `rows` of token ids.
+
+    The first token is left out: it serves many LMs as a sink and is far larger than the others.
+    """
+    layers = find_decoder_layers(language_model)
+    found: list[list[float]] = [[] for _ in layers]
+
+    def hook(index: int):
+        def measure(layer, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            found[index].append(hidden[0, 1:].float().pow(2).mean(dim=-1).sqrt().median().item())
+
+        return measure
+
+    handles = [
+        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)
+    ]
+    try:
+        for row in rows:
+            language_model(torch.tensor([row], device=next(language_model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [sum(values) / len(values) for values in found]
+
+
 class AddedTokens(nn.Module):
     """Input and output rows of the added tokens: the LM's own tables stay frozen."""
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flamingo import vision as vision_sources
 from flamingo.config import ADDED_TOKENS, FlamingoConfig
+from flamingo.decoder import residual_rms
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 
@@ -23,7 +24,9 @@ def create(
 
     vision: "source:name", the name being one of the source's or a local folder;
     language: name or local folder for `AutoModelForCausalLM`; frozen_dtype: of both frozen
-    parts; seed: for the new parts; architecture: fields of `FlamingoConfig`.
+    parts; seed: for the new parts; architecture: fields of `FlamingoConfig`. What the gated
+    blocks add is scaled to the LM's residual stream, measured here (`cross_attention_scale=None`
+    leaves it out, as in the paper).
 
     Raises ValueError for an unknown source, name or field.
     """
@@ -52,6 +55,8 @@ def create(
         image_token_id=first_added + 1,
         **architecture,
     )
+    if "cross_attention_scale" not in architecture:
+        config.cross_attention_scale = _residual_scale(language_model, tokenizer, config)
     torch.manual_seed(seed)
     model = FlamingoForConditionalGeneration(config)
     for parameter in model.language_model.parameters():
@@ -64,6 +69,21 @@ def create(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, FlamingoProcessor.for_model(config, tokenizer)
+
+
+# Ordinary prose, of which only the size of its hidden states is wanted.
+PROBE = (
+    "The river was high after three days of rain, and nobody in the village slept much that night.",
+    "Question: how many people live in the house? Answer: four, if you count the grandmother.",
+    "A photo of two dogs on a beach",
+)
+
+
+def _residual_scale(language_model, tokenizer, config: FlamingoConfig) -> list[float]:
+    """One factor per gated block: the size of the residual stream that it adds to."""
+    rows = [tokenizer(text, add_special_tokens=True)["input_ids"] for text in PROBE]
+    sizes = residual_rms(language_model, rows)
+    return [float(f"{max(sizes[i], 1e-3):.3g}") for i in config.block_positions]
 
 
 def _check_fields(architecture: dict) -> None:

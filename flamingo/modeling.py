@@ -92,8 +92,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         self.language_model = AutoModelForCausalLM.from_config(text)
         self.resampler = PerceiverResampler(config)
         self.gated_blocks = nn.ModuleList(
-            GatedCrossAttentionBlock(config, text.hidden_size, self.resampler.width)
-            for _ in config.block_positions
+            GatedCrossAttentionBlock(config, text.hidden_size, self.resampler.width, scale)
+            for scale in config.cross_attention_scale or [1.0] * len(config.block_positions)
         )
         tables = (self.get_input_embeddings(), self.get_output_embeddings())
         self.added_tokens = AddedTokens(2, *(table.weight.shape[1] for table in tables))
@@ -268,7 +268,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         other = torch.cat((ids[:, 5:10].flip(1), ids[:, 5:]), dim=1)
         row, changed = (self(x, segment_ids=segments).logits[:, 5:].float() for x in (ids, other))
         alone = self(ids[:, 5:], use_cache=False).logits.float()
-        return torch.equal(row, changed) and torch.allclose(row, alone, rtol=0.1, atol=0.1)
+        # bfloat16 rounds differently in matrices of another height.
+        return torch.equal(row, changed) and bool((row - alone).norm() < 0.05 * alone.norm())
 
     # -- generation ----------------------------------------------------------------------
 
