@@ -6,6 +6,17 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+# Fields with a fixed set of values.
+CHOICES = {
+    "resampler_activation": ("gelu", "relu", "squared_relu"),
+    "resampler_qk_norm": ("none", "layer", "rms"),
+    "cross_attention_ff": ("gelu", "relu", "squared_relu", "swiglu"),
+    "cross_attention_norm": ("layer", "rms"),
+    "cross_attention_qk_norm": ("none", "layer", "rms"),
+    "attend_to": ("immediate", "previous"),
+    "gate_shape": ("scalar", "channel"),
+}
+
 ADDED_TOKENS = ("<|endofchunk|>", "<image>")  # the order of released OpenFlamingo tokenizers
 
 
@@ -35,8 +46,15 @@ class FlamingoConfig(PreTrainedConfig):
 
     Resampler (Alayrac et al. 2022, section 2.1): `resampler_*`; `resampler_width=None` means
     the encoder's width, another width adds one linear projection of the grid.
+    `resampler_frames`: learned temporal embeddings for so many frames of a clip (0: pictures
+    only); longer clips interpolate them. `resampler_spatial`: learned position embeddings of
+    the encoder's grid, interpolated to grids of another size.
     Gated blocks (section 2.2): before LM layers `cross_attention_layers`, or, when that is
     None, before every layer i with i % cross_attention_every == cross_attention_offset.
+    `cross_attention_ff`: a feed-forward with one of the activations, or "swiglu";
+    `cross_attention_norm`: "layer" or "rms"; `*_qk_norm`: norm of queries and keys, per head;
+    `attend_to`: "immediate" (the image just before a token) or "previous" (all before it in the
+    document); `gate_shape`: one gate per block ("scalar") or one per channel ("channel").
     `gate_init` is the value of the gates' parameter: 0 starts at the untouched LM.
     `cross_attention_scale`: one factor per block for all that it adds; None: 1, as in the paper.
     `flamingo.create` sets it to the size of the LM's residual stream at the block, which in an LM
@@ -57,6 +75,10 @@ class FlamingoConfig(PreTrainedConfig):
     resampler_head_dim: int = 64
     resampler_latents: int = 64
     resampler_ff_mult: float = 4.0
+    resampler_activation: str = "gelu"
+    resampler_qk_norm: str = "none"
+    resampler_frames: int = 0
+    resampler_spatial: bool = False
 
     cross_attention_layers: list[int] | None = None
     cross_attention_every: int = 4
@@ -64,6 +86,12 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention_heads: int = 8
     cross_attention_head_dim: int = 64
     cross_attention_ff_mult: float = 4.0
+    cross_attention_ff: str = "gelu"
+    cross_attention_norm: str = "layer"
+    cross_attention_qk_norm: str = "none"
+    cross_attention_eps: float = 1e-5
+    attend_to: str = "immediate"
+    gate_shape: str = "scalar"
     cross_attention_scale: list[float] | None = None
     gate_init: float = 0.0
 
@@ -98,20 +126,28 @@ class FlamingoConfig(PreTrainedConfig):
         return [i for i in range(layers) if i % every == offset]
 
     def _check(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
         positive = (
-            "resampler_depth resampler_heads resampler_head_dim resampler_latents "
-            "cross_attention_every cross_attention_heads cross_attention_head_dim"
+            "resampler_depth resampler_heads resampler_head_dim resampler_latents resampler_ff_mult "
+            "cross_attention_every cross_attention_heads cross_attention_head_dim cross_attention_ff_mult"
         )
         for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+            number = getattr(self, name)
+            if not isinstance(number, (int, float)) or number <= 0:
+                raise ValueError(f"{name}={number!r}: must be a number above 0")
+        if self.resampler_frames < 0:
+            raise ValueError(f"resampler_frames={self.resampler_frames}: must be at least 0")
         if not 0 <= self.cross_attention_offset < self.cross_attention_every:
             raise ValueError(
                 f"cross_attention_offset={self.cross_attention_offset}: must be at least 0 and "
                 f"below cross_attention_every={self.cross_attention_every}"
             )
-        if self.text_config is None:
-            return  # transformers builds an empty config to find out the defaults
+        if self.text_config is not None:  # transformers builds an empty config to find the defaults
+            self._check_blocks()
+
+    def _check_blocks(self):
         layers, positions = self.get_text_config().num_hidden_layers, self.block_positions
         bad = [i for i in positions if not 0 <= i < layers]
         if bad or not positions or len(set(positions)) != len(positions):

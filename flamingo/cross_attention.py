@@ -10,11 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
-from flamingo.layers import FeedForward, attend, attention_weights, split_heads
+from flamingo.layers import (
+    FeedForward,
+    SwiGLU,
+    attend,
+    attention_weights,
+    make_norm,
+    split_heads,
+)
 from flamingo.media import Runs
 
 
@@ -29,14 +36,35 @@ class Media:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @classmethod
+    def joined(cls, first: Media | None, second: Media | None) -> Media | None:
+        """The images of both, numbered on; None where there are none."""
+        if first is None or second is None:
+            return first or second
+        return cls(
+            tuple(torch.cat(pair) for pair in zip(first.keys, second.keys, strict=True)),
+            tuple(torch.cat(pair) for pair in zip(first.values, second.values, strict=True)),
+            torch.cat((first.latents, second.latents)),
+        )
+
 
 class CrossAttention(nn.Module):
-    """Each token attends to the latents of the one image that it sees, to no other."""
+    """Each token attends to the latents of the image (or images) that it sees, to no other."""
 
-    def __init__(self, width: int, media_width: int, heads: int, head_dim: int):
+    def __init__(
+        self,
+        width: int,
+        media_width: int,
+        heads: int,
+        head_dim: int,
+        norm: str = "layer",
+        qk_norm: str = "none",
+        eps: float = 1e-5,
+    ):
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
+        self.norm = make_norm(norm, width, eps)
+        self.q_norm, self.k_norm = make_norm(qk_norm, head_dim, eps), make_norm(qk_norm, head_dim, eps)
         self.to_q = nn.Linear(width, heads * head_dim, bias=False)
         self.to_kv = nn.Linear(media_width, 2 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
@@ -44,15 +72,16 @@ class CrossAttention(nn.Module):
     def project_media(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """float[N, L, W] -> keys, values float[N, H, L, D]: once per image, not per token."""
         k, v = self.to_kv(latents).chunk(2, dim=-1)
-        return split_heads(k, self.heads), split_heads(v, self.heads)
+        return self.k_norm(split_heads(k, self.heads)), split_heads(v, self.heads)
 
     def queries(self, tokens: Tensor) -> Tensor:
         """float[R, S, W] -> float[R, H, S, D]."""
-        return split_heads(self.to_q(self.norm(tokens)), self.heads)
+        return self.q_norm(split_heads(self.to_q(self.norm(tokens)), self.heads))
 
-    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """float[R, S, W] tokens with float[R, H, L, D] keys and values -> float[R, S, W]."""
-        return self.to_out(attend(self.queries(tokens), keys, values))
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """float[R, S, W] tokens with float[R, H, L, D] keys and values -> float[R, S, W];
+        mask: bool[R, 1, 1, L], None: all latents are seen."""
+        return self.to_out(attend(self.queries(tokens), keys, values, mask))
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -65,10 +94,17 @@ class GatedCrossAttentionBlock(nn.Module):
         super().__init__()
         self.scale = scale
         heads, head_dim = config.cross_attention_heads, config.cross_attention_head_dim
-        self.attn = CrossAttention(width, media_width, heads, head_dim)
-        self.attn_gate = nn.Parameter(torch.full((1,), float(config.gate_init)))
-        self.ff = FeedForward(width, config.cross_attention_ff_mult)
-        self.ff_gate = nn.Parameter(torch.full((1,), float(config.gate_init)))
+        norm, eps = config.cross_attention_norm, config.cross_attention_eps
+        gates = width if config.gate_shape == "channel" else 1
+        self.attn = CrossAttention(
+            width, media_width, heads, head_dim, norm, config.cross_attention_qk_norm, eps
+        )
+        self.attn_gate = nn.Parameter(torch.full((gates,), float(config.gate_init)))
+        mult, kind = config.cross_attention_ff_mult, config.cross_attention_ff
+        self.ff = (
+            SwiGLU(width, mult, norm, eps) if kind == "swiglu" else FeedForward(width, mult, kind, norm, eps)
+        )
+        self.ff_gate = nn.Parameter(torch.full((gates,), float(config.gate_init)))
 
     def forward(self, hidden: Tensor, keys: Tensor | None, values: Tensor | None, runs: Runs) -> Tensor:
         """float[B, T, W] -> float[B, T, W] in the same dtype; keys, values: float[N, H, L, D].
@@ -79,17 +115,24 @@ class GatedCrossAttentionBlock(nn.Module):
         """
         flat = rearrange(hidden, "b t w -> (b t) w").to(self.attn_gate.dtype)
         if keys is not None and values is not None and len(runs):
-            looked = self.attn(flat[runs.token], keys[runs.image], values[runs.image])
+            mask = runs.mask(keys.shape[2])
+            looked = self.attn(flat[runs.token], runs.gather(keys), runs.gather(values), mask)
             looked = rearrange(looked, "r s w -> (r s) w")[runs.slot] * (self.scale * self.attn_gate.tanh())
             flat = flat.index_add(0, runs.source, looked.to(flat.dtype))
         flat = flat + self.scale * self.ff_gate.tanh() * self.ff(flat)
         return flat.view_as(hidden).to(hidden.dtype)
 
     def attention_weights(self, hidden: Tensor, keys: Tensor, runs: Runs) -> Tensor:
-        """Weights of the attention, mean over heads: float32[B, T, L]; zero where no image."""
+        """Weights of the attention, mean over heads: float32[B, T, N, L]; zero where not seen."""
+        latents = keys.shape[2]
         flat = rearrange(hidden, "b t w -> (b t) w")
         tokens = flat[runs.token].to(self.attn_gate.dtype)
-        weights = attention_weights(self.attn.queries(tokens), keys[runs.image])
-        out = weights.new_zeros(len(flat), weights.shape[-1])
-        out[runs.source] = rearrange(weights, "r s l -> (r s) l")[runs.slot]
-        return out.view(*hidden.shape[:2], -1)
+        weights = attention_weights(self.attn.queries(tokens), runs.gather(keys), runs.mask(latents))
+        weights = rearrange(weights, "r s (m l) -> r s m l", l=latents)
+        images = runs.image[:, None] if runs.images is None else runs.images  # [R, M]
+        spread = weights.new_zeros(*weights.shape[:2], len(keys), latents)  # [R, S, N, L]
+        index = repeat(images.clamp_min(0), "r m -> r s m l", s=weights.shape[1], l=latents)
+        spread.scatter_add_(2, index, weights * (images >= 0)[:, None, :, None])
+        out = weights.new_zeros(len(flat), len(keys), latents)
+        out[runs.source] = rearrange(spread, "r s n l -> (r s) n l")[runs.slot]
+        return out.view(*hidden.shape[:2], len(keys), latents)

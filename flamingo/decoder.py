@@ -57,9 +57,7 @@ def residual_rms(language_model: nn.Module, rows: list[list[int]]) -> list[float
 
         return measure
 
-    handles = [
-        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)
-    ]
+    handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         for row in rows:
             language_model(torch.tensor([row], device=next(language_model.parameters()).device))

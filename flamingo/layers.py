@@ -11,17 +11,56 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-class FeedForward(nn.Sequential):
-    """LayerNorm -> Linear -> GELU -> Linear, without biases (float[..., W] -> float[..., W])."""
+class SquaredReLU(nn.Module):
+    """max(0, x) squared, the activation of the Flamingo paper (appendix A.1.2)."""
 
-    def __init__(self, width: int, mult: float):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "squared_relu": SquaredReLU,
+}
+
+
+def make_norm(kind: str, width: int, eps: float = 1e-5) -> nn.Module:
+    """ "layer", "rms", or nothing ("none"), over the last dimension."""
+    if kind == "none":
+        return nn.Identity()
+    return nn.RMSNorm(width, eps=eps) if kind == "rms" else nn.LayerNorm(width, eps=eps)
+
+
+class FeedForward(nn.Sequential):
+    """Norm -> Linear -> activation -> Linear, without biases (float[..., W] -> float[..., W])."""
+
+    def __init__(
+        self, width: int, mult: float, activation: str = "gelu", norm: str = "layer", eps: float = 1e-5
+    ):
         inner = int(width * mult)
         super().__init__(
-            nn.LayerNorm(width),
+            make_norm(norm, width, eps),
             nn.Linear(width, inner, bias=False),
-            nn.GELU(),
+            ACTIVATIONS[activation](),
             nn.Linear(inner, width, bias=False),
         )
+
+
+class SwiGLU(nn.Module):
+    """Norm -> down(silu(gate(x)) * up(x)), without biases (Shazeer 2020)."""
+
+    def __init__(self, width: int, mult: float, norm: str = "layer", eps: float = 1e-5):
+        super().__init__()
+        inner = int(width * mult)
+        self.norm = make_norm(norm, width, eps)
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -29,13 +68,16 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return rearrange(x, "n q (h d) -> n h q d", h=heads)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Unmasked attention: float[N, H, Q, D] x float[N, H, K, D] -> float[N, Q, H*D]."""
-    out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """float[N, H, Q, D] x float[N, H, K, D] -> float[N, Q, H*D]; mask: bool[N, 1, 1, K], True
+    where a key may be seen (None: all may)."""
+    out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
     return rearrange(out, "n h q d -> n q (h d)")
 
 
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """The weights that `attend` uses, averaged over heads: float32[N, Q, K], rows sum to 1."""
     scores = torch.einsum("nhqd,nhkd->nhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1).mean(dim=1)

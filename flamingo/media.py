@@ -1,6 +1,7 @@
 """Which image may each text token see: pure functions of token ids. Knows no other room.
 
-B rows, T tokens, N images of all rows in the order of their <image> tokens, R runs, S slots.
+B rows, T tokens, N images of all rows in the order of their <image> tokens, R runs, S slots,
+M images that a run sees, L latents of an image.
 An image is a flat number 0..N-1, so no row is padded to the images of another, and a beam
 that copies a row copies its numbers: nothing has to be reordered.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 
@@ -47,10 +48,67 @@ def immediate_image(
     """
     is_image = (input_ids == image_token_id).long()
     seen = is_image.cumsum(dim=1)  # images up to and including here
-    others = torch.zeros_like(seen)  # those of the documents before in the same row
-    if segment_ids is not None:
-        others = (seen - is_image).gather(1, segment_starts(segment_ids))
+    others = _images_of_others(is_image, segment_ids)
     return torch.where(seen > others, seen - 1 + rearrange(offsets, "b -> b 1"), -1)
+
+
+def next_image(
+    input_ids: Tensor, image_token_id: int, offsets: Tensor, segment_ids: Tensor | None = None
+) -> Tensor:
+    """Flat number of the first image at or after each token, -1 after the last of its document.
+
+    For training on pages whose pictures may belong to the text before them (Alayrac et al. 2022,
+    appendix A.3.2: with probability p_next). Arguments and result as in `immediate_image`.
+    """
+    is_image = (input_ids == image_token_id).long()
+    before = is_image.cumsum(dim=1) - is_image  # images before here
+    last = before + is_image
+    if segment_ids is None:
+        end = last[:, -1:].expand_as(last)
+    else:  # images up to the end of the token's document
+        ends = input_ids.shape[1] - 1 - segment_starts(segment_ids.flip(1)).flip(1)
+        end = last.gather(1, ends)
+    return torch.where(before < end, before + rearrange(offsets, "b -> b 1"), -1)
+
+
+def first_image(
+    input_ids: Tensor, image_token_id: int, offsets: Tensor, segment_ids: Tensor | None = None
+) -> Tensor:
+    """Flat number of the first image of each token's document, seen or not: int64[B, T].
+
+    With `immediate_image` the range of all images before a token. Arguments as there.
+    """
+    is_image = (input_ids == image_token_id).long()
+    return _images_of_others(is_image, segment_ids) + rearrange(offsets, "b -> b 1")
+
+
+def sight(
+    input_ids: Tensor,
+    image_token_id: int,
+    attend_to: str,
+    segment_ids: Tensor | None = None,
+    look_ahead: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(seen, since), int64[B, T] each: the last and the first image that each token sees.
+
+    attend_to: "immediate", where since is None (one image), or "previous"; look_ahead:
+    bool[B, T], tokens that see the *next* image instead (p_next).
+    """
+    arguments = (input_ids, image_token_id, image_offsets(input_ids, image_token_id), segment_ids)
+    seen = immediate_image(*arguments)
+    since = first_image(*arguments) if attend_to == "previous" else None
+    if look_ahead is not None:
+        ahead = next_image(*arguments)
+        seen = torch.where(look_ahead, ahead, seen)
+        since = None if since is None else torch.where(look_ahead, ahead, since)
+    return seen, since
+
+
+def _images_of_others(is_image: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """int64[B, T]: images of the documents before a token's own, in the same row."""
+    if segment_ids is None:
+        return torch.zeros_like(is_image)
+    return (is_image.cumsum(dim=1) - is_image).gather(1, segment_starts(segment_ids))
 
 
 @dataclass(frozen=True)
@@ -66,10 +124,15 @@ class Runs:
     token: Tensor
     slot: Tensor
     source: Tensor
+    images: Tensor | None = None  # int64[R, M]: all images that a run sees, -1 beyond the last
 
     @classmethod
-    def of(cls, seen: Tensor) -> Runs:
-        """From int64[B, T], the image each token sees (-1: none)."""
+    def of(cls, seen: Tensor, since: Tensor | None = None) -> Runs:
+        """From int64[B, T], the image each token sees (-1: none).
+
+        since: int64[B, T], the first image that a token sees, where it sees all from there on to
+        `seen` and not that one only.
+        """
         rows = torch.arange(seen.shape[0], device=seen.device)
         source = rearrange(seen >= 0, "b t -> (b t)").nonzero().squeeze(1)  # [K]
         image = rearrange(seen, "b t -> (b t)")[source]
@@ -82,7 +145,25 @@ class Runs:
         slots = int(place.max()) + 1 if len(place) else 0
         token = source[first][:, None].repeat(1, slots)  # [R, S]
         token[run, place] = source
-        return cls(image[first], token, run * slots + place, source)
+        images = None
+        if since is not None:
+            begin = rearrange(since, "b t -> (b t)")[source][first]  # [R]
+            many = int((image[first] - begin).max()) + 1 if len(first) else 0
+            images = begin[:, None] + torch.arange(many, device=seen.device)  # [R, M]
+            images = torch.where(images <= image[first][:, None], images, -1)
+        return cls(image[first], token, run * slots + place, source, images)
+
+    def gather(self, per_image: Tensor) -> Tensor:
+        """float[N, H, L, D] of all images -> float[R, H, M*L, D] of those that each run sees."""
+        if self.images is None:
+            return per_image[self.image]
+        return rearrange(per_image[self.images.clamp_min(0)], "r m h l d -> r h (m l) d")
+
+    def mask(self, latents: int) -> Tensor | None:
+        """bool[R, 1, 1, M*L]: which of the gathered latents are an image's; None: all."""
+        if self.images is None or bool((self.images >= 0).all()):
+            return None
+        return repeat(self.images >= 0, "r m -> r 1 1 (m l)", l=latents)
 
     def __len__(self) -> int:
         return len(self.image)

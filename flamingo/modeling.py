@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from flamingo import vision
 from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock, Media
 from flamingo.decoder import AddedTokens, Conditioning, Decoder
-from flamingo.media import Runs, image_offsets, immediate_image, restarting_positions
+from flamingo.generation import FlamingoGeneration
+from flamingo.media import Runs, restarting_positions, sight
 from flamingo.resampler import PerceiverResampler
 
 
@@ -64,6 +65,9 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, PerceiverResampler):
             nn.init.normal_(module.latents)
+            for table in (module.frame_embs, module.grid_embs):
+                if table is not None:
+                    nn.init.normal_(table, std=std)
         elif isinstance(module, AddedTokens):
             nn.init.normal_(module.input, std=std)
             nn.init.normal_(module.output, std=std)
@@ -82,7 +86,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 encoder.get_buffer(name).copy_(fresh.get_buffer(name))
 
 
-class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin):
+class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedModel):
     """A frozen LM that sees: only resampler, gated blocks and added tokens are trained."""
 
     def __init__(self, config: FlamingoConfig):
@@ -143,22 +147,35 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """float[N, 3, H, W] normalised pixels -> float[N, G, E] patch grids of the frozen encoder.
+        """float[N, 3, H, W] normalised pixels -> float[N, G, E] patch grids of the frozen encoder;
+        clips float[N, F, 3, H, W] -> float[N, F, G, E].
 
-        Raises ValueError when the grid is not the one in `vision_config`.
+        Raises ValueError when the grid is not the one in `vision_config`, or for a picture of
+        another size does not follow from it.
         """
+        if pixel_values.ndim == 5:
+            flat = self.encode_images(rearrange(pixel_values, "n f c h w -> (n f) c h w"))
+            return rearrange(flat, "(n f) g e -> n f g e", n=len(pixel_values))
         dtype = next(self.vision_encoder.parameters()).dtype
         with torch.autocast(pixel_values.device.type, enabled=False):
             grid = self.vision_encoder(pixel_values.to(dtype))
         config: Any = self.config.vision_config
-        places = config.grid[0] * config.grid[1]
-        if grid.shape[1:] != (places, config.width):
+        rows, columns = self.grid_shape(pixel_values)
+        if grid.shape[1:] != (rows * columns, config.width):
             raise ValueError(
                 f"the encoder made a grid of {grid.shape[1]} places x {grid.shape[2]} channels, "
                 f"vision_config.grid={list(config.grid)} and width={config.width} say "
-                f"{places} x {config.width}; images must be {config.image_size} pixels wide"
+                f"{rows * columns} x {config.width} for pictures of {tuple(pixel_values.shape[-2:])} "
+                f"pixels (vision_config.image_size={config.image_size})"
             )
         return grid
+
+    def grid_shape(self, pixel_values: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the grid of pictures or clips of this size."""
+        config: Any = self.config.vision_config
+        height, width = pixel_values.shape[-2:]
+        rows, columns = config.grid
+        return (round(rows * height / config.image_size), round(columns * width / config.image_size))
 
     def media(
         self,
@@ -166,25 +183,37 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         pixel_values: Tensor | None = None,
         grids: Tensor | None = None,
         latents: Tensor | None = None,
+        frames: Tensor | None = None,
+        grid_shape: tuple[int, int] | None = None,
     ) -> Media:
         """Images as the gated blocks need them, from one of three stages.
 
-        pixel_values: float[N, 3, H, W]; grids: float[N, G, E] (`encode_images`); latents:
-        float[N, L, W] (the resampler's). Keys and values are projected here, once per image,
+        pixel_values: float[N, 3, H, W], clips float[N, F, 3, H, W]; grids: float[N, G, E] or
+        float[N, F, G, E] (`encode_images`), with their grid_shape where it is not the config's;
+        latents: float[N, L, W] (the resampler's); frames: int64[N], frames of a clip that count,
+        from the first on (None: all). Keys and values are projected here, once per image,
         whatever the number of tokens that will look at it.
         """
         if latents is None:
             if grids is None:
                 assert pixel_values is not None, "media() needs pixel_values, grids or latents"
-                grids = self.encode_images(pixel_values)
-            latents = self.resampler(grids)
+                grids, grid_shape = self.encode_images(pixel_values), self.grid_shape(pixel_values)
+            latents = self.resampler(grids, frames, grid_shape)
         assert latents is not None
         pairs = [block.attn.project_media(latents) for block in self.gated_blocks]  # type: ignore
         return Media(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), latents)
 
-    def _seen(
-        self, input_ids: Tensor, media: Media | None, segment_ids: Tensor | None = None
-    ) -> Tensor:
+    def sight(
+        self,
+        input_ids: Tensor,
+        media: Media | None,
+        segment_ids: Tensor | None = None,
+        look_ahead: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which images each token sees (`media.sight`), once their number is checked.
+
+        Raises ValueError where <image> tokens and images differ in number.
+        """
         token = self.config.image_token_id
         wanted = int((input_ids == token).sum())
         given = 0 if media is None else len(media)
@@ -193,7 +222,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
                 f"{wanted} <image> tokens in input_ids but {given} images in pixel_values: "
                 "every <image> needs one picture, in the same order"
             )
-        return immediate_image(input_ids, token, image_offsets(input_ids, token), segment_ids)
+        return sight(input_ids, token, self.config.attend_to, segment_ids, look_ahead)
 
     # -- forward -------------------------------------------------------------------------
 
@@ -203,7 +232,10 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         media: Media | None = None,
+        frames: Tensor | None = None,
         seen: Tensor | None = None,
+        since: Tensor | None = None,
+        look_ahead: Tensor | None = None,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         labels: Tensor | None = None,
@@ -214,21 +246,23 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         """One pass over B rows of T tokens.
 
         input_ids, attention_mask: int64[B, T]; pixel_values: float[N, 3, H, W], the images in
-        the order of the <image> tokens, row by row; media: the same images already encoded
-        (`media()`); seen: int64[B, T], the image of each token where the ids alone cannot tell
-        (generation with a cache); position_ids: int64[B, T], for LMs that
-        take them; segment_ids: int64[B, T], the document of each token where rows are packed
-        (instead of attention_mask and position_ids; see `packs`); labels: int64[B, T], -100 where nothing is predicted, shifted
-        inside; reduction: "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without
-        labels, logits of so many last positions only (0: of all), as in transformers.
+        the order of the <image> tokens, row by row, or clips float[N, F, 3, H, W], of whose frames
+        frames: int64[N] count; media: the same images already encoded (`media()`); seen, since:
+        int64[B, T], the images of each token where the ids alone cannot tell (generation with a
+        cache); look_ahead: bool[B, T], tokens that see the next image instead (p_next);
+        position_ids: int64[B, T], for LMs that take them; segment_ids: int64[B, T], the document
+        of each token where rows are packed (instead of attention_mask and position_ids; see
+        `packs`); labels: int64[B, T], -100 where nothing is predicted, shifted inside; reduction:
+        "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without labels, logits of
+        so many last positions only (0: of all), as in transformers.
         Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
         """
         if input_ids is None:
             raise ValueError("input_ids is missing: a Flamingo finds its images by their tokens")
         if media is None and pixel_values is not None and len(pixel_values):
-            media = self.media(pixel_values=pixel_values)
+            media = self.media(pixel_values=pixel_values, frames=frames)
         if seen is None:
-            seen = self._seen(input_ids, media, segment_ids)
+            seen, since = self.sight(input_ids, media, segment_ids, look_ahead)
         keep = targets = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -244,7 +278,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
             kwargs["use_cache"] = False
         if position_ids is not None and self._takes_positions:
             kwargs["position_ids"] = position_ids
-        conditioning = Conditioning(Runs.of(seen), media, keep)
+        conditioning = Conditioning(Runs.of(seen, since), media, keep)
         with self._decoder.conditioned(conditioning):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         loss, logits = None, out.logits
@@ -271,69 +305,40 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         # bfloat16 rounds differently in matrices of another height.
         return torch.equal(row, changed) and bool((row - alone).norm() < 0.05 * alone.norm())
 
-    # -- generation ----------------------------------------------------------------------
-
-    def generate(self, inputs=None, *, pixel_values=None, media=None, **kwargs):  # type: ignore[override]
-        """As in transformers; images are encoded and projected once, before the first token.
-
-        input_ids: int64[B, T], left-padded; pixel_values: float[N, 3, H, W] or media (`media()`).
-        """
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if input_ids is None:
-            raise ValueError("input_ids is missing: a Flamingo finds its images by their tokens")
-        with torch.no_grad():
-            if media is None and pixel_values is not None and len(pixel_values):
-                media = self.media(pixel_values=pixel_values)
-        seen = self._seen(input_ids, media)
-        kwargs.setdefault("eos_token_id", self._stop_tokens(kwargs.get("generation_config")))
-        suppressed = list(kwargs.pop("suppress_tokens", None) or [])
-        suppressed.append(self.config.image_token_id)
-        return super().generate(  # type: ignore[misc]
-            input_ids, media=media, seen=seen, suppress_tokens=suppressed, **kwargs
-        )
-
-    def _stop_tokens(self, generation_config) -> list[int]:
-        eos = (generation_config or self.generation_config).eos_token_id
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        return list(dict.fromkeys([*eos, self.config.end_of_chunk_token_id]))
-
-    def prepare_inputs_for_generation(self, input_ids: Any, seen: Any = None, **kwargs):  # type: ignore[override]
-        """New tokens see the image that the last prompt token saw (they cannot be <image>)."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
-        missing = input_ids.shape[1] - seen.shape[1]
-        if missing:
-            seen = torch.cat((seen, seen[:, -1:].expand(-1, missing)), dim=1)
-        inputs["seen"] = seen[:, -inputs["input_ids"].shape[1] :]
-        return inputs
-
     # -- where it looks ------------------------------------------------------------------
 
     @torch.no_grad()
     def attention_maps(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        frames: Tensor | None = None,
     ) -> Tensor:
-        """Where each token looks on the image that it sees: float32[B, T, G].
+        """Where each token looks on the image that it sees: float32[B, T, P].
 
-        The gated blocks' attention to the latents, weighted by how far each block's gate is
-        open (|tanh|), composed with the resampler's attention of latents to grid places.
-        Rows sum to 1, or are 0 where the token sees no image. The logits of a token are made at
-        the position *before* it: look there for where the model looked when it chose a token.
+        P are the G places of the grid, for clips those of F frames (P = F * G). With
+        `attend_to="previous"` float32[B, T, N, P], over all images. The gated blocks' attention
+        to the latents, weighted by how far each block's gate is open (|tanh|), composed with the
+        resampler's attention of latents to grid places. The places of a token sum to 1, or are 0
+        where it sees no image. The logits of a token are made at the position *before* it: look
+        there for where the model looked when it chose a token.
         """
         if not len(pixel_values):
-            self._seen(input_ids, None)
+            self.sight(input_ids, None)
             return torch.zeros(*input_ids.shape, math.prod(self.config.vision_config.grid))  # type: ignore
-        grids = self.encode_images(pixel_values)
-        media = self.media(grids=grids)
-        seen = self._seen(input_ids, media)
-        conditioning = Conditioning(Runs.of(seen), media, record={})
+        grids, shape = self.encode_images(pixel_values), self.grid_shape(pixel_values)
+        media = self.media(grids=grids, frames=frames, grid_shape=shape)
+        seen, since = self.sight(input_ids, media)
+        conditioning = Conditioning(Runs.of(seen, since), media, record={})
         with self._decoder.conditioned(conditioning):
             self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         assert conditioning.record is not None
-        gates = torch.stack([b.attn_gate.float().tanh().abs() for b in self.gated_blocks])  # type: ignore
+        gates = torch.stack([b.attn_gate.float().tanh().abs().mean() for b in self.gated_blocks])  # type: ignore
         if not gates.any():  # all shut, as before training: every block counts alike
             gates = torch.ones_like(gates)
-        shares = (gates / gates.sum()).flatten()
-        tokens = sum(shares[i] * w for i, w in conditioning.record.items())  # [B, T, L]
-        places = self.resampler.attention_map(grids)[seen.clamp_min(0)]  # [B, T, L, G]
-        maps = torch.einsum("btl,btlg->btg", tokens, places)
-        return maps * (seen >= 0)[..., None]
+        shares = gates / gates.sum()
+        tokens = sum(shares[i] * w for i, w in conditioning.record.items())  # [B, T, N, L]
+        places = self.resampler.attention_map(grids, frames, shape)  # [N, L, P]
+        maps = torch.einsum("btnl,nlp->btnp", tokens, places)
+        return maps if since is not None else maps.sum(dim=2)

@@ -20,7 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 100
 LAYERS = [
     {"config", "media", "layers", "runtime"},
     {"vision", "resampler", "cross_attention"},
-    {"decoder"},
+    {"decoder", "generation"},
     {"modeling"},
     {"processing"},
     {"factory"},

@@ -137,6 +137,8 @@ def test_rows_share_an_image_without_sharing_anything_else(block, hidden, latent
 def test_attention_weights_sum_to_one_where_an_image_is_seen_and_are_zero_elsewhere(block, hidden, latents):
     keys, _ = block.attn.project_media(latents)
     weights = block.attention_weights(hidden, keys, Runs.of(SEEN))
-    assert weights.shape == (*SEEN.shape, LATENTS)
-    torch.testing.assert_close(weights.sum(dim=-1), (SEEN >= 0).float())
+    assert weights.shape == (*SEEN.shape, len(latents), LATENTS)
+    torch.testing.assert_close(weights.sum(dim=(-2, -1)), (SEEN >= 0).float())
+    on_its_own = torch.nn.functional.one_hot(SEEN.clamp_min(0), len(latents)) * (SEEN >= 0)[..., None]
+    torch.testing.assert_close(weights.sum(dim=-1), on_its_own.float())
     assert (weights >= 0).all()

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flamingo.media import Runs, image_offsets, immediate_image, restarting_positions
+from flamingo.media import (
+    Runs,
+    image_offsets,
+    immediate_image,
+    next_image,
+    restarting_positions,
+    sight,
+)
 
 IMAGE, PAD = 99, 0
 
@@ -56,6 +63,50 @@ def test_in_a_packed_row_images_of_other_documents_are_not_seen(row, segments, s
     found = immediate_image(ids, IMAGE, image_offsets(ids, IMAGE), parts)
     images = row.count("I")
     assert found.tolist() == [seen, [s if s < 0 else s + images for s in seen]]
+
+
+@pytest.mark.parametrize(
+    ("row", "segments", "seen"),
+    [
+        ("tIttIt", None, [0, 0, 1, 1, 1, -1]),  # after the last image: none
+        ("ttt", None, [-1, -1, -1]),
+        ("IIt", None, [0, 1, -1]),
+        ("ttIIt", "00111", [-1, -1, 0, 1, -1]),  # the next document's image is not its own
+        ("ItItt", "00011", [0, 1, 1, -1, -1]),
+    ],
+)
+def test_looking_ahead_a_token_sees_the_next_image_of_its_document(row, segments, seen):
+    ids = tokens(row, row)
+    parts = None if segments is None else torch.tensor([[int(digit) for digit in segments]] * 2)
+    found = next_image(ids, IMAGE, image_offsets(ids, IMAGE), parts)
+    images = row.count("I")
+    assert found.tolist() == [seen, [s if s < 0 else s + images for s in seen]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "segments", "ranges"),
+    [
+        (["tItI"], None, [[None, (0, 0), (0, 0), (0, 1)]]),
+        (["Itt", "IIt"], None, [[(0, 0)] * 3, [(1, 1), (1, 2), (1, 2)]]),
+        (["ItIt"], "0011", [[(0, 0), (0, 0), (1, 1), (1, 1)]]),
+        (["IItIt"], "00011", [[(0, 0), (0, 1), (0, 1), (2, 2), (2, 2)]]),
+    ],
+)
+def test_attending_to_the_previous_images_means_all_of_the_document_so_far(rows, segments, ranges):
+    parts = None if segments is None else torch.tensor([[int(digit) for digit in segments]] * len(rows))
+    seen, since = sight(tokens(*rows), IMAGE, "previous", parts)
+    pairs = [
+        [None if last < 0 else (first, last) for first, last in zip(*row, strict=True)]
+        for row in zip(since.tolist(), seen.tolist(), strict=True)
+    ]
+    assert pairs == ranges
+
+
+def test_tokens_that_look_ahead_see_one_image_also_where_others_see_all():
+    ids = tokens("ItIt")
+    ahead = torch.tensor([[False, True, False, False]])
+    seen, since = sight(ids, IMAGE, "previous", None, ahead)
+    assert list(zip(since[0].tolist(), seen[0].tolist(), strict=True)) == [(0, 0), (1, 1), (0, 1), (0, 1)]
 
 
 def test_positions_restart_with_each_document():
