@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from flamingo import vision
@@ -86,7 +86,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 encoder.get_buffer(name).copy_(fresh.get_buffer(name))
 
 
-class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedModel):
+# GenerationMixin is named here too: transformers looks for it among the direct bases.
+class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedModel, GenerationMixin):
     """A frozen LM that sees: only resampler, gated blocks and added tokens are trained."""
 
     def __init__(self, config: FlamingoConfig):

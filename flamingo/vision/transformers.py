@@ -20,27 +20,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
+from transformers.utils import constants
 
 from flamingo.config import FlamingoVisionConfig
 
 # Normalisation (mean, std) by the first part of the model type, where no image processor says it.
-NORMALISATION = {
-    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    "siglip": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "siglip2": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "dinov3": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-}
+OPENAI = (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD)
+IMAGENET = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
+HALF = (constants.IMAGENET_STANDARD_MEAN, constants.IMAGENET_STANDARD_STD)
+NORMALISATION = {"clip": OPENAI, "siglip": HALF, "siglip2": HALF, "dinov2": IMAGENET, "dinov3": IMAGENET}
 # Fields of a tower's config that say nothing about its architecture; labels can be a thousand.
-NOT_KEPT = ("transformers_version", "architectures", "_name_or_path", "dtype", "id2label", "label2id")
+NOT_KEPT = {"transformers_version", "architectures", "_name_or_path", "dtype", "auto_map"}
+NOT_KEPT |= {"id2label", "label2id"}
 
 
 class TransformersEncoder(nn.Module):
@@ -135,17 +126,20 @@ def load(encoder: nn.Module, name: str) -> None:
     Raises ValueError when the folder or repository has no weights, or not those of this tower.
     """
     try:
-        model, report = AutoModel.from_pretrained(name, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"transformers:{name}: no weights could be read: {_first_line(error)}") from error
-    wanted = type(encoder.model)
-    tower = next((module for module in model.modules() if type(module) is wanted), None)
+    cut: Any = encoder.model
+    tower: Any = next((module for module in model.modules() if type(module) is type(cut)), None)
     if tower is None:
-        raise ValueError(f"transformers:{name}: a {type(model).__name__} has no {wanted.__name__} in it")
+        raise ValueError(f"transformers:{name}: a {type(model).__name__} has no {type(cut).__name__} in it")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    depth = len(_layers(tower)) - len(_layers(encoder.model))
-    norm = encoder.norm is not None
-    given = TransformersEncoder(tower, layer=-1 - depth, final_norm=norm, prefix_tokens=0)
+    given = TransformersEncoder(
+        tower,
+        layer=len(_layers(cut)) - len(_layers(tower)) - 1,
+        final_norm=encoder.norm is not None,
+        prefix_tokens=0,
+    )
     kept = {id(parameter) for parameter in given.parameters()}
     missing = [key for key in report["missing_keys"] if id(parameters.get(key)) in kept]
     if missing:
@@ -159,7 +153,7 @@ def load(encoder: nn.Module, name: str) -> None:
 def _tower_fields(name: str) -> dict:
     """The config of the vision tower under this name, as plain fields."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"vision name {name!r}: neither a model of the Hugging Face hub nor a folder with its "
@@ -293,7 +287,7 @@ def _drop_layers_after(tower: nn.Module, layer: int) -> None:
 def _image_processor(name: str) -> Any:
     """The image processor that comes with a name, None where there is none."""
     try:
-        return AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 
