@@ -12,6 +12,14 @@ from flamingo.processing import IMAGE, FlamingoProcessor
 from flamingo.runtime import tune_cpu
 
 
+def load_model(folder: Path) -> FlamingoForConditionalGeneration:
+    """The model of a folder, on a GPU if there is one. Raises ValueError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model (no config.json): train one, or name its folder")
+    model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
+    return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
+
+
 def answer(folder: Path, prompt: str, images: list[Path], max_new_tokens: int = 32) -> str:
     """The model's greedy answer.
 

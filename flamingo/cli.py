@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from flamingo.checkpoints.commands import app as convert_app
 from flamingo.data.commands import app as data_app
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(convert_app, name="convert")
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
 Processes = Annotated[
@@ -123,6 +125,23 @@ def generate(
 
     with plain_errors():
         typer.echo(answer(model, prompt, image or [], max_new_tokens))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Model folder, e.g. runs/quickstart/model.")],
+    out: Annotated[Path, typer.Argument(help="File for the weights, e.g. trained.safetensors.")],
+) -> None:
+    """Write the trained part alone, without the frozen backbones, as one safetensors file."""
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    from flamingo.answer import load_model
+    from flamingo.checkpoints.trainables import save_trainables
+
+    with plain_errors():
+        size = save_trainables(load_model(model), out)
+        typer.echo(f"{out}: {size / 1e6:.1f} MB")
 
 
 @app.command()

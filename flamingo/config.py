@@ -59,6 +59,8 @@ class FlamingoConfig(PreTrainedConfig):
     `cross_attention_scale`: one factor per block for all that it adds; None: 1, as in the paper.
     `flamingo.create` sets it to the size of the LM's residual stream at the block, which in an LM
     of today grows a hundredfold from the first layer to the last.
+    Added tokens: `added_tokens` of them from id `first_added_token_id` on, among them the two that
+    the model must know.
 
     Raises ValueError for a value that no architecture can have.
     """
@@ -95,6 +97,7 @@ class FlamingoConfig(PreTrainedConfig):
     cross_attention_scale: list[float] | None = None
     gate_init: float = 0.0
 
+    added_tokens: int = 2
     first_added_token_id: int = -1
     end_of_chunk_token_id: int = -1
     image_token_id: int = -1
@@ -131,7 +134,8 @@ class FlamingoConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
         positive = (
             "resampler_depth resampler_heads resampler_head_dim resampler_latents resampler_ff_mult "
-            "cross_attention_every cross_attention_heads cross_attention_head_dim cross_attention_ff_mult"
+            "cross_attention_every cross_attention_heads cross_attention_head_dim cross_attention_ff_mult "
+            "added_tokens"
         )
         for name in positive.split():
             number = getattr(self, name)

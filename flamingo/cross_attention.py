@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.config import FlamingoConfig
 from flamingo.layers import (
@@ -35,6 +36,11 @@ class Media:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def pick(self, index: Tensor) -> Media:
+        """The images of int64[M], in that order; one may come several times."""
+        keys, values = (tuple(x[index] for x in per_block) for per_block in (self.keys, self.values))
+        return Media(keys, values, self.latents[index])
 
     @classmethod
     def joined(cls, first: Media | None, second: Media | None) -> Media | None:
@@ -84,7 +90,7 @@ class CrossAttention(nn.Module):
         return self.to_out(attend(self.queries(tokens), keys, values, mask))
 
 
-class GatedCrossAttentionBlock(nn.Module):
+class GatedCrossAttentionBlock(GradientCheckpointingLayer):
     """x + scale * tanh(attn_gate) * attention, then x + scale * tanh(ff_gate) * feed-forward.
 
     scale: a constant (`FlamingoConfig.cross_attention_scale`), 1 in the paper.

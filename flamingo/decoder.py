@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,26 +97,33 @@ class Conditioning:
 class Decoder:
     """Installs the hooks. Holds no parameters: those belong to the model that owns it."""
 
-    def __init__(
-        self,
-        config: FlamingoConfig,
-        language_model: nn.Module,
-        blocks: nn.ModuleList,
-        added: AddedTokens,
-    ):
+    def __init__(self, config: FlamingoConfig, model: nn.Module):
+        """model: what holds language_model, gated_blocks and added_tokens, by these names."""
         self.first_added = config.first_added_token_id
-        self.blocks, self.added = blocks, added
+        self.model: Any = model
+        language_model = self.model.language_model
         self.slot: Conditioning | None = None
         layers = find_decoder_layers(language_model)
         for index, position in enumerate(config.block_positions):
-            layers[position].register_forward_pre_hook(self._block_hook(index), with_kwargs=True)
-        embeddings = language_model.get_input_embeddings()  # type: ignore[operator]
+            # A partial and no closure: a copy of the model copies it, with the decoder in it.
+            hook = partial(self._block_hook, index)
+            layers[position].register_forward_pre_hook(hook, with_kwargs=True)
+        embeddings = language_model.get_input_embeddings()
         embeddings.register_forward_pre_hook(self._ids_hook)
         embeddings.register_forward_hook(self._embed_hook)
-        head = language_model.get_output_embeddings()  # type: ignore[operator]
+        head = language_model.get_output_embeddings()
         head.register_forward_pre_hook(self._keep_hook)
         head.register_forward_hook(self._logits_hook)
         self._ids: Tensor | None = None
+
+    # Looked up when they are used: an adapter library may have put others in their places.
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.gated_blocks
+
+    @property
+    def added(self) -> AddedTokens:
+        return self.model.added_tokens
 
     @contextmanager
     def conditioned(self, conditioning: Conditioning) -> Iterator[Conditioning]:
@@ -142,27 +151,25 @@ class Decoder:
         rows = self.added.input[ids[places] - self.first_added] * getattr(module, "embed_scale", 1.0)
         return output.index_put(places, rows.to(output.dtype))
 
-    def _block_hook(self, index: int):
-        def hook(layer, args, kwargs):
-            slot = self.slot
-            if slot is None:
-                return None
-            by_name = not args
-            hidden = kwargs["hidden_states"] if by_name else args[0]
-            block: GatedCrossAttentionBlock = self.blocks[index]  # type: ignore[assignment]
-            # Without any image the feed-forward still runs: a row of text means the same alone
-            # as in a batch whose other rows have images.
-            keys = values = None
-            if slot.media is not None:
-                keys, values = slot.media.keys[index], slot.media.values[index]
-            if slot.record is not None and keys is not None:
-                slot.record[index] = block.attention_weights(hidden, keys, slot.runs)
-            hidden = block(hidden, keys, values, slot.runs)
-            if by_name:
-                return args, {**kwargs, "hidden_states": hidden}
-            return (hidden, *args[1:]), kwargs
-
-        return hook
+    def _block_hook(self, index: int, layer, args, kwargs):
+        """Block `index` on what goes into a layer: float[B, T, W]."""
+        slot = self.slot
+        if slot is None:
+            return None
+        by_name = not args
+        hidden = kwargs["hidden_states"] if by_name else args[0]
+        block: GatedCrossAttentionBlock = self.blocks[index]  # type: ignore[assignment]
+        # Without any image the feed-forward still runs: a row of text means the same alone
+        # as in a batch whose other rows have images.
+        keys = values = None
+        if slot.media is not None:
+            keys, values = slot.media.keys[index], slot.media.values[index]
+        if slot.record is not None and keys is not None:
+            slot.record[index] = block.attention_weights(hidden, keys, slot.runs)
+        hidden = block(hidden, keys, values, slot.runs)
+        if by_name:
+            return args, {**kwargs, "hidden_states": hidden}
+        return (hidden, *args[1:]), kwargs
 
     def _keep_hook(self, module, args):
         """float[B, T, W] -> float[1, M, W]: no logits that nobody reads."""

@@ -16,6 +16,7 @@ def create(
     *,
     vision: str,
     language: str,
+    vision_options: dict | None = None,
     frozen_dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **architecture,
@@ -23,12 +24,13 @@ def create(
     """A Flamingo with pretrained frozen parts and new, untrained connecting parts.
 
     vision: "source:name", the name being one of the source's or a local folder;
-    language: name or local folder for `AutoModelForCausalLM`; frozen_dtype: of both frozen
+    language: name or local folder for `AutoModelForCausalLM`; vision_options: passed to the
+    source's `describe`, e.g. {"image_size": 336} or {"layer": -2}; frozen_dtype: of both frozen
     parts; seed: for the new parts; architecture: fields of `FlamingoConfig`. What the gated
     blocks add is scaled to the LM's residual stream, measured here (`cross_attention_scale=None`
     leaves it out, as in the paper).
 
-    Raises ValueError for an unknown source, name or field.
+    Raises ValueError for an unknown source, name, option or field.
     """
     source_name, _, name = vision.partition(":")
     source = vision_sources.source(source_name)
@@ -49,7 +51,7 @@ def create(
     _check_fields(architecture)
     config = FlamingoConfig(
         text_config=language_model.config,
-        vision_config=source.describe(name),
+        vision_config=_described(source, name, vision_options or {}),
         first_added_token_id=first_added,
         end_of_chunk_token_id=first_added,
         image_token_id=first_added + 1,
@@ -69,6 +71,13 @@ def create(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, FlamingoProcessor.for_model(config, tokenizer)
+
+
+def _described(source, name: str, options: dict):
+    try:
+        return source.describe(name, **options)
+    except TypeError as error:  # an argument that neither the source nor its library has
+        raise ValueError(f"vision_options={options}: not for {name!r}: {error}") from error
 
 
 # Ordinary prose, of which only the size of its hidden states is wanted.

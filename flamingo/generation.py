@@ -1,34 +1,51 @@
 """Generation: images are encoded and projected once, prefixes are computed once.
 
-B rows, T tokens, P tokens of a prefix, N images of all rows.
+B rows, T tokens, P tokens of a prefix, C of them in a cache, N images of all rows, H heads,
+D head width of the LM.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import repeat
+from einops import rearrange
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
 
 from flamingo.cross_attention import Media
+from flamingo.media import sight
 
 
 @dataclass(frozen=True)
 class Prefix:
     """A few-shot prompt that many queries share, computed once (`model.prefix`).
 
-    input_ids, seen: int64[1, P]; since: int64[1, P] or None; media: its images; cache: the LM's.
+    input_ids: int64[1, P]; media: its images; states: per LM layer keys, values float[1, H, P, D].
+    Never changed: what generation adds, it adds to copies.
     """
 
     input_ids: Tensor
-    seen: Tensor
-    since: Tensor | None
     media: Media | None
-    cache: Any
+    states: tuple[tuple[Tensor, Tensor], ...]
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[1]
+
+    def cache(self, padding: Tensor, columns: int, times: int) -> DynamicCache:
+        """The first `columns` of rows that begin with padding: int64[B] tokens and the prefix.
+
+        Each row `times` times, for beams. Padded columns hold anything: the mask hides them.
+        """
+        index = torch.arange(columns, device=padding.device) - rearrange(padding, "b -> b 1")
+        index = index.clamp_min(0).repeat_interleave(times, dim=0)  # [B, C]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.states):
+            keys, values = (rearrange(x[0][:, index], "h b c d -> b h c d") for x in (keys, values))
+            cache.update(keys, values, layer)
+        return cache
 
 
 class FlamingoGeneration(GenerationMixin):
@@ -39,7 +56,8 @@ class FlamingoGeneration(GenerationMixin):
 
         input_ids: int64[B, T], left-padded; pixel_values: float[N, 3, H, W], clips with `frames`
         as in `forward`, or media (`media()`). prefix: what stands before every row (`prefix()`);
-        input_ids and the images are then those after it. What is returned holds the prefix too.
+        input_ids, attention_mask and the images are then those after it. What is returned holds the
+        prefix too, after the padding.
         """
         model: Any = self
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -50,7 +68,7 @@ class FlamingoGeneration(GenerationMixin):
                 media = model.media(pixel_values=pixel_values, frames=frames)
         seen, since = model.sight(input_ids, media)
         if prefix is not None:
-            input_ids, seen, since, media = self._after(prefix, input_ids, seen, since, media, kwargs)
+            input_ids, seen, since, media = self._after(prefix, input_ids, media, kwargs)
         if since is not None:
             kwargs["since"] = since
         kwargs.setdefault("eos_token_id", self._stop_tokens(kwargs.get("generation_config")))
@@ -64,39 +82,72 @@ class FlamingoGeneration(GenerationMixin):
     def prefix(self, input_ids: Tensor, pixel_values: Tensor | None = None, frames=None) -> Prefix:
         """Compute what many queries have in common: int64[1, P] and its images, in one row.
 
-        Raises ValueError for more than one row.
+        Raises ValueError for more than one row, or an LM that keeps more than keys and values.
         """
         model: Any = self
         if len(input_ids) != 1:
             raise ValueError(f"a prefix is one row, input_ids has {len(input_ids)}")
+        kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers}
+        odd = [kind.__name__ for kind in kinds if not issubclass(kind, DynamicLayer)]
+        if odd:
+            raise ValueError(f"this LM's state ({', '.join(odd)}) cannot be shared: give rows whole prompts")
         media = None
         if pixel_values is not None and len(pixel_values):
             media = model.media(pixel_values=pixel_values, frames=frames)
-        seen, since = model.sight(input_ids, media)
-        cache = model(
-            input_ids=input_ids, media=media, seen=seen, since=since, logits_to_keep=1, use_cache=True
-        ).past_key_values
-        return Prefix(input_ids, seen, since, media, cache)
+        # Without the LM's config all layers keep all tokens, also those with a sliding window: a
+        # row whose query is short has its last tokens of the prefix computed again.
+        cache = DynamicCache()
+        model(input_ids=input_ids, media=media, logits_to_keep=1, use_cache=True, past_key_values=cache)
+        layers: list[Any] = cache.layers
+        return Prefix(input_ids, media, tuple((layer.keys, layer.values) for layer in layers))
 
-    def _after(self, prefix: Prefix, input_ids, seen, since, media, kwargs) -> tuple:
-        """The whole rows, whose images are numbered after the prefix's, which all rows share."""
-        rows, before = len(input_ids), 0 if prefix.media is None else len(prefix.media)
-        last = int(prefix.seen[0, -1])
-        seen = torch.where(seen >= 0, seen + before, last)  # text first: still the prefix's image
-        seen = torch.cat((prefix.seen.expand(rows, -1), seen), dim=1)
-        if since is not None:
-            # The images of a row would not be a range: those of the rows before lie between.
-            raise ValueError(
-                'a prefix needs attend_to="immediate": with "previous" give each row its whole prompt'
-            )
+    def _after(self, prefix: Prefix, input_ids: Tensor, media: Media | None, kwargs: dict) -> tuple:
+        """(input_ids, seen, since, media) of the whole rows: padding, prefix, query.
+
+        So they are as if there were no cache, which holds all columns but the last ones: LMs that
+        count distances in columns (ALiBi, sliding windows) see no gap. Raises ValueError for
+        queries that are not padded on the left.
+        """
+        model: Any = self
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        ones = mask.new_ones(rows, prefix.input_ids.shape[1])
-        kwargs["attention_mask"] = torch.cat((ones, mask), dim=1)
-        kwargs["past_key_values"] = copy.deepcopy(prefix.cache)
-        kwargs["past_key_values"].batch_repeat_interleave(rows)
-        input_ids = torch.cat((repeat(prefix.input_ids, "1 p -> b p", b=rows), input_ids), dim=1)
-        return input_ids, seen, None, Media.joined(prefix.media, media)
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ValueError("attention_mask: queries after a prefix are padded on the left")
+        padding = (mask == 0).sum(dim=1)  # [B]
+        rows, length = len(input_ids), len(prefix)
+        columns = torch.arange(length + input_ids.shape[1], device=input_ids.device)
+        pad = rearrange(padding, "b -> b 1")
+        source = torch.where(columns < pad + length, columns - pad, columns)
+        source = torch.where(columns < pad, columns + length, source)  # the padding goes first
+        whole = torch.cat((prefix.input_ids.expand(rows, -1), input_ids), dim=1).gather(1, source)
+        kwargs["attention_mask"] = torch.cat((mask.new_ones(rows, length), mask), dim=1).gather(1, source)
+        cached = min(length, whole.shape[1] - 1)  # generation begins with at least one token
+        kwargs["past_key_values"] = prefix.cache(padding, cached, self._copies(kwargs))
+        attend_to = model.config.attend_to
+        seen, since = sight(whole, model.config.image_token_id, attend_to)
+        media, numbers = self._shared(prefix, input_ids, media)
+        if media is None:
+            return whole, seen, since, None
+        if since is not None:  # a row's images are a range of numbers
+            return whole, seen, since, media.pick(numbers)
+        return whole, torch.where(seen >= 0, numbers[seen], -1), None, media
+
+    def _shared(self, prefix: Prefix, input_ids: Tensor, media: Media | None) -> tuple:
+        """The prefix's images and then the rows' own, and where among them the images of all rows
+        are, int64[N], were the prefix's to stand in each row."""
+        model: Any = self
+        before = 0 if prefix.media is None else len(prefix.media)
+        numbers, start = [], before
+        for own in (input_ids == model.config.image_token_id).sum(dim=1).tolist():
+            numbers += [*range(before), *range(start, start + own)]
+            start += own
+        return Media.joined(prefix.media, media), torch.tensor(numbers, device=input_ids.device)
+
+    def _copies(self, kwargs: dict) -> int:
+        """How often generation repeats each row: for its beams or samples."""
+        config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        names = ("num_beams", "num_return_sequences")
+        return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
 
     def _stop_tokens(self, generation_config) -> list[int]:
         model: Any = self

@@ -22,6 +22,7 @@ from flamingo import vision
 from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock, Media
 from flamingo.decoder import AddedTokens, Conditioning, Decoder
+from flamingo.freezing import FrozenParts, grad_if
 from flamingo.generation import FlamingoGeneration
 from flamingo.media import Runs, restarting_positions, sight
 from flamingo.resampler import PerceiverResampler
@@ -87,8 +88,11 @@ class FlamingoPreTrainedModel(PreTrainedModel):
 
 
 # GenerationMixin is named here too: transformers looks for it among the direct bases.
-class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedModel, GenerationMixin):
-    """A frozen LM that sees: only resampler, gated blocks and added tokens are trained."""
+class FlamingoForConditionalGeneration(
+    FrozenParts, FlamingoGeneration, FlamingoPreTrainedModel, GenerationMixin
+):
+    """A frozen LM that sees: only resampler, gated blocks and added tokens are trained, unless
+    `unfreeze` adds to them."""
 
     def __init__(self, config: FlamingoConfig):
         super().__init__(config)
@@ -101,10 +105,10 @@ class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedMod
             for scale in config.cross_attention_scale or [1.0] * len(config.block_positions)
         )
         tables = (self.get_input_embeddings(), self.get_output_embeddings())
-        self.added_tokens = AddedTokens(2, *(table.weight.shape[1] for table in tables))
+        self.added_tokens = AddedTokens(config.added_tokens, *(table.weight.shape[1] for table in tables))
         takes = inspect.signature(self.language_model.forward).parameters
         self._takes_positions = "position_ids" in takes  # ALiBi models have none
-        self._decoder = Decoder(config, self.language_model, self.gated_blocks, self.added_tokens)
+        self._decoder = Decoder(config, self)
         self.freeze()
         self.post_init()
 
@@ -117,25 +121,6 @@ class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedMod
         model._restore_tables()
         return loaded
 
-    # -- what is frozen ------------------------------------------------------------------
-
-    def trained_modules(self) -> dict[str, nn.Module]:
-        """The modules that training changes, by name; everything else stays as it is."""
-        names = ("resampler", "gated_blocks", "added_tokens")
-        return {name: getattr(self, name) for name in names}
-
-    def freeze(self) -> None:
-        """No gradient for the encoder and the LM."""
-        self.vision_encoder.requires_grad_(False)
-        self.language_model.requires_grad_(False)
-
-    def train(self, mode: bool = True):
-        """Frozen means frozen: the encoder and the LM stay in eval mode (no dropout)."""
-        super().train(mode)
-        self.vision_encoder.eval()
-        self.language_model.eval()
-        return self
-
     # -- embeddings: the LM's own --------------------------------------------------------
 
     def get_input_embeddings(self):
@@ -146,10 +131,9 @@ class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedMod
 
     # -- sight ---------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """float[N, 3, H, W] normalised pixels -> float[N, G, E] patch grids of the frozen encoder;
-        clips float[N, F, 3, H, W] -> float[N, F, G, E].
+        """float[N, 3, H, W] normalised pixels -> float[N, G, E] patch grids of the encoder;
+        clips float[N, F, 3, H, W] -> float[N, F, G, E]. No gradients while the encoder is frozen.
 
         Raises ValueError when the grid is not the one in `vision_config`, or for a picture of
         another size does not follow from it.
@@ -158,7 +142,8 @@ class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedMod
             flat = self.encode_images(rearrange(pixel_values, "n f c h w -> (n f) c h w"))
             return rearrange(flat, "(n f) g e -> n f g e", n=len(pixel_values))
         dtype = next(self.vision_encoder.parameters()).dtype
-        with torch.autocast(pixel_values.device.type, enabled=False):
+        wanted = "vision_encoder" in self._unfrozen
+        with torch.autocast(pixel_values.device.type, enabled=False), grad_if(wanted):
             grid = self.vision_encoder(pixel_values.to(dtype))
         config: Any = self.config.vision_config
         rows, columns = self.grid_shape(pixel_values)
@@ -242,6 +227,7 @@ class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedMod
         labels: Tensor | None = None,
         reduction: str = "mean",
         logits_to_keep: int = 0,
+        past_key_values: Any = None,
         **kwargs,
     ) -> FlamingoOutput:
         """One pass over B rows of T tokens.
@@ -255,7 +241,7 @@ class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedMod
         of each token where rows are packed (instead of attention_mask and position_ids; see
         `packs`); labels: int64[B, T], -100 where nothing is predicted, shifted inside; reduction:
         "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without labels, logits of
-        so many last positions only (0: of all), as in transformers.
+        so many last positions only (0: of all), as in transformers; past_key_values: the LM's cache.
         Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
         """
         if input_ids is None:
@@ -279,6 +265,8 @@ class FlamingoForConditionalGeneration(FlamingoGeneration, FlamingoPreTrainedMod
             kwargs["use_cache"] = False
         if position_ids is not None and self._takes_positions:
             kwargs["position_ids"] = position_ids
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
         conditioning = Conditioning(Runs.of(seen, since), media, keep)
         with self._decoder.conditioned(conditioning):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)

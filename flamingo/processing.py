@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
 
+from flamingo import chat
 from flamingo.config import ADDED_TOKENS, FlamingoConfig
 from flamingo.data.transforms import ImageTransform, decode_image
 
@@ -56,7 +58,9 @@ class FlamingoImageProcessor(BaseImageProcessor):
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:
-    if isinstance(image, (str, Path)):
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
+        image = load_image(image)
+    elif isinstance(image, (str, Path)):
         image = decode_image(Path(image).read_bytes())
     if min(image.size) < 1:
         raise ValueError(f"a picture of {image.size[0]} x {image.size[1]} pixels shows nothing")
@@ -68,42 +72,72 @@ class FlamingoProcessor(ProcessorMixin):
 
     Text holds one `<image>` per picture; `images` is the flat list of all pictures of all
     rows, in reading order. Rows are padded on the left, as generation needs it.
+
+    chat_template: how `apply_chat_template` writes a chat. None: the LM's own, with `<image>` where a
+    picture stands; where it has none, few-shot style (`chat.DEFAULT_TEMPLATE`).
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
-    def __init__(self, image_processor=None, tokenizer: Any = None, **kwargs):
-        super().__init__(image_processor, tokenizer, **kwargs)
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer: Any = None,
+        chat_template=None,
+        end_of_chunk_token: str = END_OF_CHUNK,
+        **kwargs,
+    ):
+        chat_template = chat_template or tokenizer.chat_template or chat.DEFAULT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.image_token, self.image_token_id = IMAGE, tokenizer.convert_tokens_to_ids(IMAGE)
+        self.end_of_chunk_token = end_of_chunk_token
+        self.end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(end_of_chunk_token)
 
     def __call__(self, images=None, text=None, padding_side="left", **kwargs) -> BatchFeature:  # type: ignore[override]
-        """text: a string or a list of B; images: None, one picture or a flat list of N.
+        """text: a string or a list of B; images: None, one picture, a flat list of N, or a list of
+        one list per row. A picture is a PIL image, a path, or an address. Others go to the tokenizer.
 
         Returns input_ids, attention_mask int64[B, T] and, with images, pixel_values
-        float32[N, 3, S, S]. Raises ValueError when the <image> tokens and pictures differ in number.
+        float32[N, 3, S, S]. Raises ValueError when the <image> tokens and pictures differ in number,
+        or for a picture that shows nothing.
         """
-        texts = [text] if isinstance(text, str) else list(text or [])
-        pictures = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        wanted = sum(t.count(IMAGE) for t in texts)
-        if wanted != len(pictures):
+        if text is None:
+            raise ValueError(f"text is missing: write one {IMAGE} where each picture stands")
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: a Flamingo's processor takes text and images only")
+        if kwargs.pop("return_tensors", None) not in (None, "pt"):
+            raise ValueError('return_tensors: a Flamingo takes PyTorch tensors, "pt"')
+        kwargs.pop("return_text_replacement_offsets", None)  # no text is replaced
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = _match(texts, images)
+        options = {"add_special_tokens": False, "padding": True, **kwargs.pop("text_kwargs", {}), **kwargs}
+        encoded = self.tokenizer(texts, padding_side=padding_side, return_tensors="pt", **options)  # type: ignore[operator]
+        data = {name: encoded[name] for name in encoded if name != "token_type_ids"}
+        kept = int((data["input_ids"] == self.image_token_id).sum())
+        if kept != len(pictures):
             raise ValueError(
-                f"{wanted} {IMAGE} in the text but {len(pictures)} pictures: "
-                f"write one {IMAGE} where each picture stands"
+                f"{len(pictures)} pictures but {kept} {IMAGE} left after truncation: raise max_length"
             )
-        encoded = self.tokenizer(  # type: ignore[operator]
-            texts,
-            add_special_tokens=False,
-            padding=True,
-            padding_side=padding_side,
-            return_tensors="pt",
-        )
-        data = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         if pictures:
             data.update(self.image_processor(pictures))  # type: ignore[operator]
         return BatchFeature(data)
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):  # type: ignore[override]
+        """As in transformers: a chat (or a list of chats) whose turns hold text and images.
+
+        A template that knows text only, such as the LM's own, gets `<image>` where pictures stand.
+        With tokenize=True what `__call__` returns (return_dict=True) or its input_ids.
+        """
+        conversations, is_batch = self._normalize_conversations(conversation)
+        if kwargs.get("tokenize"):
+            images = [chat.images_of(turns) for turns in conversations]
+            given = dict(kwargs.get("processor_kwargs") or {})
+            if any(images):
+                given.setdefault("images", images if is_batch else images[0])
+            kwargs["processor_kwargs"] = given
+        if not chat.places_images(self._resolve_chat_template(chat_template)):
+            conversations = [chat.as_text(turns, IMAGE) for turns in conversations]
+        turns = conversations if is_batch else conversations[0]
+        return super().apply_chat_template(turns, chat_template, **kwargs)
 
     @classmethod
     def for_model(cls, config: FlamingoConfig, tokenizer) -> FlamingoProcessor:
@@ -113,4 +147,30 @@ class FlamingoProcessor(ProcessorMixin):
         return cls(images, tokenizer)
 
 
-AutoImageProcessor.register("FlamingoImageProcessor", slow_image_processor_class=FlamingoImageProcessor)
+def _match(texts: list[str], images) -> list:
+    """The flat list of pictures, once their number is checked; row by row where they come so."""
+    pictures = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+    wanted = [text.count(IMAGE) for text in texts]
+    nested = [isinstance(row, (list, tuple)) for row in pictures]
+    if any(nested):
+        if not all(nested) or len(pictures) != len(texts):
+            raise ValueError(f"images: give one list per row ({len(texts)}) or one flat list of pictures")
+        for row, (count, own) in enumerate(zip(wanted, pictures, strict=True)):
+            if count != len(own):
+                raise ValueError(f"row {row}: {count} {IMAGE} in the text but {len(own)} pictures")
+        pictures = [picture for own in pictures for picture in own]
+    if sum(wanted) != len(pictures):
+        raise ValueError(
+            f"{sum(wanted)} {IMAGE} in the text but {len(pictures)} pictures: "
+            f"write one {IMAGE} where each picture stands"
+        )
+    return pictures
+
+
+# Here and not in `registration`: loading a processor finds its parts by their names. PIL whatever
+# the backend asked for: pictures are the same as in training.
+AutoImageProcessor.register(
+    FlamingoConfig,
+    image_processor_classes=dict.fromkeys(("torchvision", "pil"), FlamingoImageProcessor),
+    exist_ok=True,
+)

@@ -32,6 +32,9 @@ class ModelConfig(Section):
 
     vision: str = Field(description="frozen encoder, source:name, e.g. timm:resnet50")
     language: str = Field(description="frozen causal LM, a name or a local folder")
+    vision_options: dict[str, Any] = Field(
+        default_factory=dict, description="for the encoder's source, e.g. {image_size: 336}"
+    )
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     architecture: dict[str, Any] = Field(default_factory=dict)
 

@@ -67,6 +67,7 @@ class Objective(nn.Module):
                 input_ids=rows.input_ids,
                 attention_mask=rows.attention_mask,
                 segment_ids=rows.segment_ids,
+                look_ahead=rows.look_ahead,
                 media=self.model.media(grids=grids) if images else None,
                 labels=rows.labels,
                 reduction="none",

@@ -78,6 +78,7 @@ def _train(recipe: Recipe, rank: int, world: int, began: float) -> None:
     model, processor = create(
         vision=recipe.model.vision,
         language=recipe.model.language,
+        vision_options=recipe.model.vision_options,
         frozen_dtype=getattr(torch, recipe.model.frozen_dtype),
         seed=recipe.seed,
         **recipe.model.architecture,

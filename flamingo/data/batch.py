@@ -42,6 +42,7 @@ class Batch:
         pixel_index: int64[N], which entry of `pixel_values` an image has; -1: it was skipped.
         image_keys: N content keys of the images.
         keys: B document keys.
+        look_ahead: bool[B], documents whose words see the next image (p_next); None: none.
         skipped: bad samples that the documents stand for.
     """
 
@@ -53,6 +54,7 @@ class Batch:
     image_keys: list[str]
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)
+    look_ahead: Tensor | None = None
 
     @property
     def n_targets(self) -> int:

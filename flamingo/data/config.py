@@ -21,6 +21,12 @@ class SourceConfig(BaseModel):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Weight in the loss.")
     max_tokens: int = Field(ge=2, description="Longer documents are cut, by whole turns if possible.")
     start: int = Field(default=0, ge=0, description="The source joins at this step: a curriculum.")
+    p_next: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of documents whose words see the next image instead of the one before.",
+    )
     window: int = Field(default=16, ge=1, description="Samples are shuffled within so many shards.")
 
     @field_validator("kind")

@@ -27,6 +27,7 @@ class Rows:
         attention_mask: int64[B, T] for padded rows, None for packed ones.
         segment_ids: int64[B, T] for packed rows, None for padded ones; the padding at the end of
             a row is a segment too.
+        look_ahead: bool[B, T], tokens that see the next image (p_next); None: none.
         pixel_values, pixel_index, image_keys: as in `Batch`, of all images in the order of rows.
     """
 
@@ -38,6 +39,7 @@ class Rows:
     pixel_values: Tensor
     pixel_index: Tensor
     image_keys: list[str]
+    look_ahead: Tensor | None = None
 
     @property
     def target_source(self) -> Tensor:
@@ -69,6 +71,7 @@ def padded(batches: Sequence[Batch | None]) -> list[Rows]:
             pixel_values=batch.pixel_values,
             pixel_index=batch.pixel_index,
             image_keys=batch.image_keys,
+            look_ahead=None if batch.look_ahead is None else _spread(batch.look_ahead, batch.input_ids),
         )
         for number, batch in enumerate(batches)
         if batch is not None
@@ -83,6 +86,7 @@ class _Piece:
     ids: Tensor
     labels: Tensor
     images: list[int]
+    ahead: bool
 
 
 def packed(batches: Sequence[Batch | None], row_tokens: int, image_token_id: int) -> list[Rows]:
@@ -107,8 +111,18 @@ def packed(batches: Sequence[Batch | None], row_tokens: int, image_token_id: int
             pixel_values=torch.cat([batch.pixel_values for _, batch in joined]),
             pixel_index=_pixel_index([batch for _, batch in joined])[order],
             image_keys=[keys[image] for image in order],
+            look_ahead=_join(
+                [[torch.full_like(p.ids, p.ahead, dtype=torch.bool) for p in row] for row in rows], 0
+            )
+            if any(piece.ahead for row in rows for piece in row)
+            else None,
         )
     ]
+
+
+def _spread(rows: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, T] as `like`."""
+    return rows[:, None].expand_as(like)
 
 
 def _pixel_index(batches: list[Batch]) -> Tensor:
@@ -130,7 +144,8 @@ def _pieces(batches: list[tuple[int, Batch]], image_token_id: int) -> list[_Piec
             labels = batch.labels[row, :length].clone()
             labels[0] = IGNORE  # the document before must not predict the first token of this one
             images = list(range(first, first + count))
-            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images))
+            ahead = batch.look_ahead is not None and bool(batch.look_ahead[row])
+            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images, ahead))
             first += count
     return pieces
 

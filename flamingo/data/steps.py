@@ -119,9 +119,15 @@ class StepDataset(Dataset[StepBatches]):
     def _part(self, feed: Feed, step: int, part: int) -> Batch:
         size = feed.batch // (self.ranks * self.accumulation)
         start = (step - feed.start) * feed.batch + (self.rank * self.accumulation + part) * size
-        read = [feed.stream.read(position) for position in range(start, start + size)]
+        positions = range(start, start + size)
+        read = [feed.stream.read(position) for position in positions]
         batch = feed.collator([document for document, _ in read], self.skip_pixels)
-        return replace(batch, skipped=[bad for _, skipped in read for bad in skipped])
+        ahead = torch.tensor([feed.stream.looks_ahead(position) for position in positions])
+        return replace(
+            batch,
+            skipped=[bad for _, skipped in read for bad in skipped],
+            look_ahead=ahead if ahead.any() else None,
+        )
 
 
 def step_loader(dataset: StepDataset, start: int, stop: int, workers: int = 0) -> Iterator[StepBatches]:

@@ -128,6 +128,7 @@ class Stream:
         self.shards = ShardSet(source.shards, keep=min(2 * source.window, 256))
         self.order = Order(self.shards.counts, source.window, seed, self.shards.manifest)
         self._read = load_kind(source.kind).read
+        self._p_next, self._seed = source.p_next, seed
         self._warned: set[str] = set()
 
     @property
@@ -160,6 +161,10 @@ class Stream:
             f"source {self.name!r}: {len(skipped)} bad samples in a row for position {position}; "
             f"repair the shards, or check that `kind` fits them:\n{listed}"
         )
+
+    def looks_ahead(self, position: int) -> bool:
+        """Whether the words of the document at a position see the next image (`p_next`)."""
+        return draw(self._seed, self.name, "p_next", position) < self._p_next * 2**64
 
     def _warn(self, bad: Skipped) -> None:
         if bad.key in self._warned or len(self._warned) >= WARNINGS:

@@ -1,9 +1,10 @@
 """Frozen vision encoders, one file per source. Knows `config` only.
 
 A source is a module in this folder (or a dotted path elsewhere) with three functions:
-    describe(name, **kwargs) -> FlamingoVisionConfig     what the encoder is, without weights
+    describe(name, **options) -> FlamingoVisionConfig    what the encoder is, without weights
     build(config) -> nn.Module                           float[N, 3, H, W] -> float[N, G, E]
     load(module, name) -> None                           pretrained weights into it
+Each raises ValueError for a name, option or folder that it cannot use, naming it and the remedy.
 """
 
 from __future__ import annotations

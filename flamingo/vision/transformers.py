@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ IMAGENET = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
 HALF = (constants.IMAGENET_STANDARD_MEAN, constants.IMAGENET_STANDARD_STD)
 NORMALISATION = {"clip": OPENAI, "siglip": HALF, "siglip2": HALF, "dinov2": IMAGENET, "dinov3": IMAGENET}
 # Fields of a tower's config that say nothing about its architecture; labels can be a thousand.
-NOT_KEPT = {"transformers_version", "architectures", "_name_or_path", "dtype", "auto_map"}
-NOT_KEPT |= {"id2label", "label2id"}
+NOT_KEPT = {"transformers_version", "architectures", "_name_or_path", "dtype", "auto_map", "id2label"}
+NOT_KEPT |= {"label2id", "output_hidden_states", "output_attentions", "return_dict"}
 
 
 class TransformersEncoder(nn.Module):
@@ -89,26 +90,27 @@ def describe(
     Raises ValueError for a name that is no vision tower, and for options that it cannot have.
     """
     fields = _tower_fields(name)
-    processor = _image_processor(name)
-    size = image_size or _side_of(processor) or _native_side(name, fields)
-    colours = _normalisation(name, fields["model_type"], processor, mean, std)
     with torch.device("meta"):  # shapes only
-        shape, normed = _probe(name, fields, size)
-        options = {
-            "tower": fields,
-            "layer": layer,
-            "final_norm": (normed and layer == -1) if final_norm is None else final_norm,
-        }
-        width, grid, prefix = _grid(name, shape, size, fields.get("patch_size"))
+        tower = _tower(name, fields)
+        processor = _image_processor(name)
+        size = image_size or _side_of(processor) or _native_side(name, fields)
+        shape, normed = _probe(name, tower, size)
+        width, grid, prefix_tokens = _grid(name, shape, size, fields.get("patch_size"))
+        mean, std = _normalisation(name, fields["model_type"], processor, mean, std)
         config = FlamingoVisionConfig(
             source="transformers",
             name=name,
             image_size=size,
             width=width,
             grid=grid,
-            mean=colours[0],
-            std=colours[1],
-            options={**options, "prefix_tokens": prefix},
+            mean=mean,
+            std=std,
+            options={
+                "tower": fields,
+                "layer": layer,
+                "final_norm": (normed and layer == -1) if final_norm is None else final_norm,
+                "prefix_tokens": prefix_tokens,
+            },
         )
         build(config)  # refuses options that the tower cannot have
     return config
@@ -153,6 +155,8 @@ def load(encoder: nn.Module, name: str) -> None:
 def _tower_fields(name: str) -> dict:
     """The config of the vision tower under this name, as plain fields."""
     try:
+        if "/" not in name and not Path(name).is_dir():
+            raise OSError("write OWNER/NAME, e.g. openai/clip-vit-large-patch14, or the folder's path")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -182,9 +186,8 @@ def _tower(name: str, fields: dict) -> nn.Module:
     return tower
 
 
-def _probe(name: str, fields: dict, size: int) -> tuple[torch.Size, bool]:
+def _probe(name: str, tower: nn.Module, size: int) -> tuple[torch.Size, bool]:
     """The shape of the tower's output, and whether it has applied its final norm to it."""
-    tower = _tower(name, fields)
     _drop_pooling(tower)
     normed: list[bool] = []
     if norm := _final_norm(tower):

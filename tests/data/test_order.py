@@ -27,7 +27,7 @@ def caption(stream: Stream, position: int) -> str:
 
 @pytest.fixture
 def feeds(source, tokenizer, transform) -> list[Feed]:
-    other = source.model_copy(update={"name": "other", "batch": 48, "window": 1})
+    other = source.model_copy(update={"name": "other", "batch": 48, "window": 1, "p_next": 0.5})
     return open_feeds(
         [source, other],
         seed=7,
@@ -47,11 +47,12 @@ def global_batches(feeds: list[Feed], steps: range, ranks: int, parts: int, work
     for by_rank in zip(*loaders, strict=True):
         yield {
             feed.name: [
-                (key, row[mask.bool()].tolist(), pixels[0, 0, 0].item())
+                (key, row[mask.bool()].tolist(), pixels[0, 0, 0].item(), ahead)
                 for batches in by_rank
                 for batch in batches[feed.name]
-                for key, row, mask, pixels in zip(
+                for key, row, mask, pixels, ahead in zip(
                     batch.keys, batch.input_ids, batch.attention_mask, batch.pixel_values,
+                    [False] * len(batch.keys) if batch.look_ahead is None else batch.look_ahead.tolist(),
                     strict=True,
                 )
             ]
@@ -132,6 +133,13 @@ def test_order_holds_for_any_counts_and_windows():
             assert {place.epoch for place in places} == {epoch}
             assert len(places) == len(everything)
             assert {(p.shard, p.sample) for p in places} == everything
+
+
+def test_p_next_is_the_share_of_documents_that_look_ahead(source):
+    for share in (0.0, 0.3, 1.0):
+        stream = Stream(source.model_copy(update={"p_next": share}), seed=3)
+        found = sum(stream.looks_ahead(position) for position in range(2000)) / 2000
+        assert found == pytest.approx(share, abs=0.05 if 0 < share < 1 else 0)
 
 
 def test_the_shuffle_is_uniform():

@@ -22,6 +22,12 @@ FAMILIES: dict[str, dict] = {
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8},
     "falcon": {},
     "phi": {},
+    "gptj": {"rotary_dim": 4},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
+    "qwen2": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "smollm3": {"num_key_value_heads": 2},
+    "olmo2": {"num_key_value_heads": 2},
 }
 CASES = [
     pytest.param(family, {**fields, "tie_word_embeddings": tied}, id=f"{family}-{name}")

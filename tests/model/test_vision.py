@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from flamingo import vision
+from flamingo import create, vision
 from flamingo.config import FlamingoVisionConfig
 from flamingo.modeling import FlamingoForConditionalGeneration
 
@@ -23,21 +26,72 @@ TINY_VIT = {"image_size": 32, "img_size": 32, "depth": 2, "embed_dim": 48, "num_
 TINY_SWIN = {"image_size": 64, "img_size": 64, "window_size": 2, "embed_dim": 12}
 TINY_SWIN |= {"depths": [1, 1], "num_heads": [1, 2]}
 
+TINY_SIGLIP: dict[str, Any] = {
+    "vision_cfg": {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": ""},
+    "text_cfg": TINY_CLIP["text_cfg"],
+    "embed_dim": 16,
+}
+TINY_SIGLIP["vision_cfg"] |= {"image_size": 160}
+
+# Configs of transformers by the name that stands for a folder with one below.
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TOWER |= {"image_size": 32, "patch_size": 16, "num_patches": 4, "mlp_ratio": 2}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT |= {"vocab_size": 8, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+BOTH = {"vision_config": TOWER, "text_config": TEXT}
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("clip", BOTH),
+    "siglip": ("siglip", BOTH),
+    "siglip2": ("siglip2", {**BOTH, "vision_config": {k: v for k, v in TOWER.items() if k != "image_size"}}),
+    "dinov2": ("dinov2_with_registers", {**TOWER, "num_register_tokens": 3}),
+    "convnext": ("convnext", {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "image_size": 64}),
+}
+TINY_IDEFICS = {"embed_dim": 32, "image_size": 32, "patch_size": 16, "intermediate_size": 40}
+TINY_IDEFICS |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+GREY = {"mean": [0.5] * 3, "std": [0.5] * 3}
+
 # One line per encoder family: source, name, fields for describe, then the grid and the width.
 ENCODERS = [
     pytest.param("timm", "tf_efficientnet_lite0", {"image_size": 64}, [2, 2], 1280, id="timm-cnn"),
     pytest.param("timm", "resnet18", {"image_size": 96}, [3, 3], 512, id="timm-resnet"),
+    pytest.param("timm", "test_convnext", {"image_size": 96}, [3, 3], 64, id="timm-convnext"),
     pytest.param("timm", "vit_tiny_patch16_224", TINY_VIT, [2, 2], 48, id="timm-vit"),
+    pytest.param("timm", "test_vit", {"image_size": 64}, [4, 4], 64, id="timm-vit-other-size"),
     pytest.param("timm", "test_vit_relpos", {}, [10, 10], 96, id="timm-vit-no-class"),
     pytest.param("timm", "swin_tiny_patch4_window7_224", TINY_SWIN, [8, 8], 24, id="timm-swin"),
     pytest.param("open_clip", "ViT-B-32", TINY_CLIP, [2, 2], 32, id="open_clip-vit"),
+    pytest.param("open_clip", "ViT-B-32", {**TINY_CLIP, "image_size": 64}, [4, 4], 32, id="open_clip-size"),
+    pytest.param("open_clip", "ViT-B-16-SigLIP", TINY_SIGLIP, [10, 10], 64, id="open_clip-of-timm"),
+    pytest.param("transformers", "clip", {}, [2, 2], 32, id="transformers-clip"),
+    pytest.param("transformers", "siglip", {"image_size": 48}, [3, 3], 32, id="transformers-siglip"),
+    pytest.param("transformers", "siglip2", {}, [2, 2], 32, id="transformers-siglip2"),
+    pytest.param("transformers", "dinov2", {"layer": -2}, [2, 2], 32, id="transformers-dinov2"),
+    pytest.param("transformers", "convnext", GREY, [2, 2], 16, id="transformers-convnext"),
+    pytest.param("idefics", "idefics", TINY_IDEFICS, [1, 5], 32, id="idefics-class-and-patches"),
 ]
+
+
+@pytest.fixture
+def describe(tmp_path):
+    """describe(source, name, fields); nothing but the config is left when it returns."""
+
+    def described(source: str, name: str, fields: dict) -> FlamingoVisionConfig:
+        if source != "transformers":
+            return vision.source(source).describe(name, **fields)
+        kind, config = TOWERS[name]
+        folder = tmp_path / "tower"
+        AutoConfig.for_model(kind, **config).save_pretrained(folder)
+        found = vision.source(source).describe(str(folder), **fields)
+        shutil.rmtree(folder)
+        return found
+
+    return described
 
 
 def test_the_encoders_here_are_of_all_sources():
     """A new file in flamingo/vision needs a line in ENCODERS."""
     assert {encoder.values[0] for encoder in ENCODERS} == set(vision.sources())
-    assert {"open_clip", "timm"} <= set(vision.sources())
+    assert {"open_clip", "timm", "transformers"} <= set(vision.sources())
 
 
 @pytest.mark.parametrize("name", vision.sources())
@@ -49,9 +103,9 @@ def test_every_source_describes_builds_and_loads(name):
 
 
 @pytest.mark.parametrize(("source", "name", "fields", "grid", "width"), ENCODERS)
-def test_the_description_is_what_the_encoder_does(source, name, fields, grid, width):
+def test_the_description_is_what_the_encoder_does(describe, source, name, fields, grid, width):
     torch.manual_seed(0)
-    config = vision.source(source).describe(name, **fields)
+    config = describe(source, name, fields)
     assert isinstance(config, FlamingoVisionConfig)
     assert (config.source, list(config.grid), config.width) == (source, grid, width)
     assert len(config.mean) == len(config.std) == 3 and min(config.std) > 0
@@ -66,15 +120,16 @@ def test_the_description_is_what_the_encoder_does(source, name, fields, grid, wi
         torch.testing.assert_close(encoder(pixels[1:]), out[1:], atol=1e-5, rtol=1e-4)
 
 
-# With random weights, each place of the small CNN's grid sees the whole picture equally.
-LOCAL = [encoder for encoder in ENCODERS if encoder.id != "timm-cnn"]
+# With random weights, each place of the small CNN's grid sees the whole picture equally; the tokens
+# of Idefics are one row with the class before it.
+LOCAL = [e for e in ENCODERS if e.id not in ("timm-cnn", "idefics-class-and-patches")]
 
 
 @pytest.mark.parametrize(("source", "name", "fields", "grid", "width"), LOCAL)
-def test_places_come_row_by_row_like_the_picture(source, name, fields, grid, width):
+def test_places_come_row_by_row_like_the_picture(describe, source, name, fields, grid, width):
     """What changes in the top right corner shows most at that place of the grid."""
     torch.manual_seed(0)
-    config = vision.source(source).describe(name, **fields)
+    config = describe(source, name, fields)
     encoder = vision.build(config)
     side = config.image_size // grid[0]
     pixels = 0.1 * torch.randn(1, 3, config.image_size, config.image_size)
@@ -87,11 +142,11 @@ def test_places_come_row_by_row_like_the_picture(source, name, fields, grid, wid
 
 @pytest.mark.parametrize(("source", "name", "fields", "grid", "width"), ENCODERS)
 def test_a_flamingo_with_this_encoder_is_saved_and_loaded(
-    build, ids, tmp_path, source, name, fields, grid, width
+    build, ids, describe, tmp_path, source, name, fields, grid, width
 ):
     """Buffers that are in no checkpoint and fields that the encoder was made with included."""
     base = build().config.to_dict()
-    base["vision_config"] = vision.source(source).describe(name, **fields)
+    base["vision_config"] = describe(source, name, fields)
     torch.manual_seed(0)
     model = FlamingoForConditionalGeneration(type(build().config)(**base)).eval()
     model.save_pretrained(tmp_path)
@@ -130,7 +185,8 @@ def test_a_source_may_live_outside_the_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", vision.sources())
-def test_an_unknown_name_is_refused_by_name(source):
+def test_an_unknown_name_is_refused_by_name(source, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # only the wait goes
     with pytest.raises(ValueError, match="no_such_net"):
         vision.source(source).describe("no_such_net")
 
@@ -177,7 +233,77 @@ def test_the_normalisation_of_a_local_folder_is_its_own(folder):
     assert (config.image_size, list(config.grid)) == (96, [3, 3])
 
 
-def test_weights_of_open_clip_are_named_with_their_tag():
-    source = vision.source("open_clip")
-    with pytest.raises(ValueError, match="name the weights too"):
-        source.load(torch.nn.Identity(), "ViT-B-32")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"architecture.*transformers:FOLDER"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'), "transformers:FOLDER"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights could be read"),
+        (lambda folder: (folder / "model.safetensors").write_text("none"), "no weights could be read"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"architecture": "test_vit"}'),
+            "weights lack .*|no weights could be read",
+        ),
+    ],
+    ids=["no-config", "config-of-transformers", "no-weights", "broken-weights", "weights-of-another"],
+)
+def test_a_folder_that_is_not_of_timm_is_refused(folder, make, message):
+    path, _ = folder
+    make(path)
+    source = vision.source("timm")
+    with pytest.raises(ValueError, match=message) as refused:
+        source.load(vision.build(source.describe(str(path))), str(path))
+    assert str(path) in str(refused.value)
+
+
+def test_weights_of_timm_of_another_size_have_their_positions_resized(tmp_path):
+    torch.manual_seed(0)
+    whole = timm.create_model("test_vit")
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
+    source = vision.source("timm")
+    config = source.describe(str(tmp_path), image_size=96)
+    encoder = vision.build(config)
+    source.load(encoder, str(tmp_path))
+    expected = timm.create_model("test_vit")
+    expected.load_state_dict(whole.state_dict())
+    expected.set_input_size(96)  # timm's own way
+    pixels = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        tokens = expected.eval().forward_features(pixels)[:, 1:]
+        torch.testing.assert_close(encoder(pixels), tokens, atol=1e-5, rtol=1e-4)
+    assert config.image_size == 96 and encoder.model.pos_embed.shape[1] == 37
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("levit_128s", {"image_size": 96}, r"levit_128s.*image_size=96.*224"),
+        ("test_vit.no_such_tag", {}, r"test_vit.no_such_tag.*tag"),
+    ],
+)
+def test_what_timm_cannot_build_is_refused(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        vision.source("timm").describe(name, **fields)
+
+
+# -- options reach the source through `flamingo.create` -----------------------------------------
+
+
+@pytest.fixture
+def parts(folder, tokenizer, tmp_path) -> dict[str, Any]:
+    """Arguments of `create`: the encoder of `folder` and a tiny LM."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=24, **sizes))
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    small = {"resampler_depth": 1, "resampler_width": 8, "resampler_heads": 1, "resampler_head_dim": 8}
+    return {"vision": f"timm:{folder[0]}", "language": str(tmp_path / "lm"), **small}
+
+
+def test_options_of_the_encoder_are_arguments_of_create(parts):
+    model, processor = create(**parts, vision_options={"image_size": 96})
+    assert model.config.vision_config.image_size == processor.image_processor.transform.size == 96
+    assert list(model.config.vision_config.grid) == [3, 3]
+    with pytest.raises(ValueError, match=r"vision_options=.*no_such_option"):
+        create(**parts, vision_options={"no_such_option": 1})

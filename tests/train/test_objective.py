@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,6 +104,20 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_padded_ones(objective, m
     assert packed_sums == pytest.approx(sums, rel=1e-5)
     for name in whole:
         torch.testing.assert_close(summed[name], whole[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pack", [0, 24])
+def test_documents_that_look_ahead_have_the_loss_that_they_have_alone(objective, make_batch, pack):
+    def loss(batch, ahead: list[bool]) -> float:
+        batch = replace(batch, look_ahead=torch.tensor(ahead))
+        with torch.no_grad():
+            return objective(passes({"turns": batch}, pack), counts_of("turns", 1))[0].item()
+
+    ahead, plain = make_batch([8], [3], first=1), make_batch([5], [2], first=2)
+    both = make_batch([8, 5], [3, 2], first=1)
+    expected = loss(ahead, [True]) + loss(plain, [False])
+    assert loss(both, [True, False]) == pytest.approx(expected, rel=1e-5)
+    assert loss(both, [False, False]) != pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_weighs_the_mean_over_the_target_tokens_of_each_source(model, objective, make_batch):

@@ -1,0 +1,102 @@
+"""The trained part of a model alone: one safetensors file without the frozen backbones.
+
+Its metadata holds the config, so that the file and the names of the two backbones are all that a
+model needs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flamingo.config import FlamingoConfig
+from flamingo.factory import create
+from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.processing import FlamingoProcessor
+
+FORMAT = "flamingo trainables 1"
+# Fields of the config that `create` finds out by itself.
+FOUND = ("text_config", "vision_config", "first_added_token_id", "end_of_chunk_token_id", "image_token_id")
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """name -> tensor of all that is trained, each once."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trainables(model: FlamingoForConditionalGeneration, path: str | Path) -> int:
+    """Write the trained part of `model` to `path`, complete or not at all; its size in bytes."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    state = {name: tensor.cpu().contiguous() for name, tensor in trained_state(model).items()}
+    config = model.config.to_json_string(use_diff=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, part, metadata={"format": FORMAT, "config": json.dumps(json.loads(config))})
+    part.replace(path)
+    return path.stat().st_size
+
+
+def load_trainables(model: FlamingoForConditionalGeneration, path: str | Path) -> None:
+    """Put the trained part from a file into a model with the same architecture.
+
+    Raises ValueError, naming tensors and shapes, when the file does not fit.
+    """
+    path, wanted = Path(path), trained_state(model)
+    with _opened(path) as file:
+        names = set(file.keys())
+        missing, unexpected = sorted(set(wanted) - names), sorted(names - set(wanted))
+        if missing or unexpected:
+            raise ValueError(
+                f"{path}: made for another architecture; missing {missing[:3] or 'nothing'} "
+                f"({len(missing)} in all), unexpected {unexpected[:3] or 'nothing'} ({len(unexpected)})"
+            )
+        for name, parameter in wanted.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"{path}: {name} is {list(shape)}, the model has {list(parameter.shape)}: "
+                    "another width, another number of latents, or another language model"
+                )
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(file.get_tensor(name))
+
+
+def from_trainables(
+    path: str | Path, *, vision: str, language: str, frozen_dtype: torch.dtype = torch.float32
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """Model and processor from a file of `save_trainables` and the two backbones (as in `create`).
+
+    Raises ValueError when the backbones are not those that the file was trained with, as far as
+    their sizes tell.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        fields: dict[str, Any] = json.loads(file.metadata()["config"])
+    known = FlamingoConfig.__annotations__.keys() - set(FOUND)
+    architecture = {name: fields[name] for name in known if name in fields}
+    model, processor = create(vision=vision, language=language, frozen_dtype=frozen_dtype, **architecture)
+    made = model.config.first_added_token_id
+    if fields["first_added_token_id"] != made:
+        raise ValueError(
+            f"{path}: trained with a vocabulary of {fields['first_added_token_id']} tokens, "
+            f"language={language!r} has {made}"
+        )
+    load_trainables(model, path)
+    return model.eval(), processor
+
+
+def _opened(path: Path):
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # the library has its own error types for each fault
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
+    if (file.metadata() or {}).get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by `flamingo export` (no format {FORMAT!r})")
+    return file
