@@ -128,6 +128,26 @@ def generate(
 
 
 @app.command()
+def create(
+    out: Annotated[Path, typer.Argument(help="Folder for the model; must not be there yet.")],
+    vision: Annotated[str, typer.Option(help="Frozen encoder, e.g. open_clip:ViT-L-14/openai.")],
+    language: Annotated[str, typer.Option(help="Frozen causal LM: a name or a local folder.")],
+    fields: Annotated[
+        list[str] | None, typer.Argument(help="key=value of FlamingoConfig, e.g. resampler_depth=2.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the frozen parts: float32 or bfloat16.")] = "bfloat16",
+) -> None:
+    """Assemble an untrained model from a frozen encoder and a frozen language model."""
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    from flamingo.folders import assemble
+
+    with plain_errors():
+        typer.echo(assemble(out, vision, language, fields or [], dtype))
+
+
+@app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="Model folder, e.g. runs/quickstart/model.")],
     out: Annotated[Path, typer.Argument(help="File for the weights, e.g. trained.safetensors.")],
@@ -136,8 +156,8 @@ def export(
     from flamingo.runtime import quiet_libraries
 
     quiet_libraries()
-    from flamingo.answer import load_model
     from flamingo.checkpoints.trainables import save_trainables
+    from flamingo.folders import load_model
 
     with plain_errors():
         size = save_trainables(load_model(model), out)

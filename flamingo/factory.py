@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,7 +52,8 @@ def create(
         tokenizer.pad_token = tokenizer.eos_token
     _check_fields(architecture)
     config = FlamingoConfig(
-        text_config=language_model.config,
+        # A copy: the config takes over how attention is done, the LM is still used below.
+        text_config=copy.deepcopy(language_model.config),
         vision_config=_described(source, name, vision_options or {}),
         first_added_token_id=first_added,
         end_of_chunk_token_id=first_added,

@@ -9,8 +9,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
 
+from flamingo.checkpoints.trainables import from_trainables
+from flamingo.cli import app
 from flamingo.factory import create
+from flamingo.modeling import FlamingoForConditionalGeneration
 
 SMALL = {
     "resampler_depth": 1,
@@ -176,3 +180,39 @@ def test_a_tokenizer_that_has_the_added_tokens_already_is_refused(language, enco
     tokenizer.save_pretrained(language)
     with pytest.raises(ValueError, match="<image>"):
         create(vision=encoder, language=language, **SMALL)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, [*arguments])
+
+
+def test_the_command_assembles_a_folder_that_loads_and_whose_trained_part_can_be_exported(
+    language, encoder, tmp_path
+):
+    out, weights = tmp_path / "made", tmp_path / "trained.safetensors"
+    fields = [f"{name}={value}" for name, value in SMALL.items()]
+    backbones = ["--vision", encoder, "--language", language]
+    made = run("create", str(out), *fields, *backbones, "--dtype", "float32")
+    assert made.exit_code == 0 and "blocks at [0]" in made.output
+    model = FlamingoForConditionalGeneration.from_pretrained(out)
+    assert model.config.resampler_latents == 3
+    assert run("export", str(out), str(weights)).exit_code == 0
+    again, processor = from_trainables(weights, vision=encoder, language=language)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert processor.image_token_id == model.config.image_token_id
+    assert "is there already" in run("create", str(out), *backbones).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resampler_depth"], "write key=value"),
+        (["resampler_deepness=3"], "FlamingoConfig has no resampler_deepness"),
+        (["--dtype", "float8"], "choose float32 or bfloat16"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(language, encoder, tmp_path, arguments, words):
+    done = run("create", str(tmp_path / "x"), *arguments, "--vision", encoder, "--language", language)
+    assert done.exit_code == 1 and words in done.output
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,48 @@
+"""Model folders: made from two backbones, and opened again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from flamingo.factory import create
+from flamingo.modeling import FlamingoForConditionalGeneration
+
+
+def check_model(folder: Path) -> None:
+    """Raises ValueError for a folder without a model."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model (no config.json): train one, or name its folder")
+
+
+def load_model(folder: Path) -> FlamingoForConditionalGeneration:
+    """The model of a folder, on a GPU if there is one. Raises ValueError as `check_model`."""
+    check_model(folder)
+    model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
+    return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
+
+
+def assemble(out: Path, vision: str, language: str, fields: list[str], dtype: str) -> str:
+    """Write the folder of an untrained model; what was made, in a line.
+
+    fields: key=value of FlamingoConfig, values in YAML. Raises ValueError for a folder that is
+    there, a dtype or a field that is not known, and whatever `create` refuses.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already: choose another folder")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+    bad = [field for field in fields if "=" not in field]
+    if bad:
+        raise ValueError(f"{bad[0]!r}: write key=value, e.g. resampler_depth=2")
+    pairs = (field.split("=", 1) for field in fields)
+    architecture = {key: yaml.safe_load(value) for key, value in pairs}
+    model, processor = create(
+        vision=vision, language=language, frozen_dtype=getattr(torch, dtype), **architecture
+    )
+    model.to(getattr(torch, dtype)).save_pretrained(out)  # type: ignore[arg-type]
+    processor.save_pretrained(out)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{out}: {trained / 1e6:.1f} M parameters to train, blocks at {model.config.block_positions}"
