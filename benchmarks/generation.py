@@ -12,9 +12,12 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
+from flamingo.attention import attend_plainly
 from flamingo.factory import create
 from flamingo.runtime import quiet_libraries, tune_cpu
 
@@ -37,23 +40,34 @@ def prompt(processor, shots: int) -> torch.Tensor:
     return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
+class Clock(BaseStreamer):
+    """Notes when each token comes."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 @torch.inference_mode()
 def seconds_per_token(model, ids: torch.Tensor, media, tokens: int) -> float:
-    """Of the tokens after the first, whose time is the prompt's: the difference of two lengths."""
-
-    def run(count: int) -> float:
-        began = time.perf_counter()
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            media=media,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-        )
-        return time.perf_counter() - began
-
-    return (run(tokens + 1) - run(1)) / tokens
+    """Median time between two new tokens: the prompt's own time is not in it."""
+    clock = Clock()
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        media=media,
+        max_new_tokens=tokens + 1,
+        min_new_tokens=tokens + 1,
+        do_sample=False,
+        streamer=clock,
+    )
+    times = clock.times[1:]  # the first is the prompt
+    return statistics.median(b - a for a, b in pairwise(times))
 
 
 def main() -> None:
@@ -68,6 +82,7 @@ def main() -> None:
         gate_init=0.5,
     )
     model = model.eval().to(torch.bfloat16)  # type: ignore[arg-type]
+    attend_plainly(model.language_model)  # as `flamingo eval` and `flamingo generate` do
     size = model.config.vision_config.image_size  # type: ignore[union-attr]
     cases = {}
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flamingo.attention import attend_plainly
 from flamingo.data.transforms import decode_image
 from flamingo.eval.few_shot import Prompt
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -27,6 +28,7 @@ class Predictor:
         self.model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
         if torch.cuda.is_available():
             self.model.to("cuda")  # type: ignore[arg-type]
+        attend_plainly(self.model.language_model)
         self.max_new_tokens, self.tokens_per_batch = max_new_tokens, tokens_per_batch
         self.latents: dict[Path | None, Tensor] = {}
 

@@ -73,7 +73,9 @@ def run_part(
         _drop_cut_line(path)
         # Of any earlier process: shares never overlap, however many processes there were.
         done = {record["id"] for record in read_answers(answer_files(out, setting))}
-        mine = sample(queries, setting)[rank::world]
+        # Questions about a picture follow each other: one process encodes it.
+        whole = sample(queries, setting)
+        mine = whole[rank * len(whole) // world : (rank + 1) * len(whole) // world]
         todo = [query for query in mine if query.id not in done]
         began = time.monotonic()
         prompts = [build(benchmark, pool, query, setting) for query in todo]

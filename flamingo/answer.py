@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flamingo.attention import attend_plainly
 from flamingo.data.transforms import decode_image
 from flamingo.folders import check_model, load_model
 from flamingo.processing import IMAGE, FlamingoProcessor
@@ -29,6 +30,7 @@ def answer(folder: Path, prompt: str, images: list[Path], max_new_tokens: int = 
     processor = FlamingoProcessor.from_pretrained(folder)
     inputs = processor(text=prompt, images=pictures)
     model = load_model(folder)
+    attend_plainly(model.language_model)
     out = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
     new = out[0, inputs["input_ids"].shape[1] :]  # type: ignore[index]
     return processor.tokenizer.decode(new, skip_special_tokens=True).strip()  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
+from flamingo.cache import SightLayer
 from flamingo.cross_attention import Media
 from flamingo.media import sight
 
@@ -98,7 +99,7 @@ class FlamingoGeneration(GenerationMixin):
         # row whose query is short has its last tokens of the prefix computed again.
         cache = DynamicCache()
         model(input_ids=input_ids, media=media, logits_to_keep=1, use_cache=True, past_key_values=cache)
-        layers: list[Any] = cache.layers
+        layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, SightLayer)]
         return Prefix(input_ids, media, tuple((layer.keys, layer.values) for layer in layers))
 
     def _after(self, prefix: Prefix, input_ids: Tensor, media: Media | None, kwargs: dict) -> tuple:

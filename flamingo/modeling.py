@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from flamingo import vision
+from flamingo.cache import SightLayer
 from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock, Media
 from flamingo.decoder import AddedTokens, Conditioning, Decoder
@@ -241,7 +242,8 @@ class FlamingoForConditionalGeneration(
         of each token where rows are packed (instead of attention_mask and position_ids; see
         `packs`); labels: int64[B, T], -100 where nothing is predicted, shifted inside; reduction:
         "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without labels, logits of
-        so many last positions only (0: of all), as in transformers; past_key_values: the LM's cache.
+        so many last positions only (0: of all), as in transformers; past_key_values: the LM's cache,
+        which holds the images too: new tokens see those before them.
         Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
         """
         if input_ids is None:
@@ -250,6 +252,9 @@ class FlamingoForConditionalGeneration(
             media = self.media(pixel_values=pixel_values, frames=frames)
         if seen is None:
             seen, since = self.sight(input_ids, media, segment_ids, look_ahead)
+            held = SightLayer.of(past_key_values)
+            if held is not None:
+                media, seen, since = held.then(media, seen, since)
         keep = targets = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -270,6 +275,7 @@ class FlamingoForConditionalGeneration(
         conditioning = Conditioning(Runs.of(seen, since), media, keep)
         with self._decoder.conditioned(conditioning):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        SightLayer.keep(out.past_key_values, media, seen, since)
         loss, logits = None, out.logits
         if targets is not None and keep is not None:
             assert reduction in ("mean", "sum", "none"), reduction

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from flamingo.attention import attend_plainly
 from flamingo.data.steps import StepDataset, open_feeds
 from flamingo.factory import create
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -84,6 +85,7 @@ def _train(recipe: Recipe, rank: int, world: int, began: float) -> None:
         **recipe.model.architecture,
     )
     model.to(engine.device()).train()  # type: ignore[arg-type]
+    attend_plainly(model.language_model)
     cache = FeatureCache(model, recipe.feature_cache_gb)
     dataset = open_data(recipe, model, processor, cache, rank, world)
     weights = {source.name: source.weight for source in recipe.sources}
