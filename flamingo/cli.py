@@ -53,6 +53,34 @@ def backbones(
         prepare(out, typer.echo)
 
 
+@data_app.command("features")
+def features(
+    shards: Annotated[list[str], typer.Argument(help="Tars, globs or ranges, e.g. 'pairs-{000..009}.tar'.")],
+    model: Annotated[Path, typer.Option(help="Model folder whose encoder is used (flamingo create).")],
+    out: Annotated[Path, typer.Option(help="Folder for the features; must not be there yet.")],
+    kind: Annotated[str, typer.Option(help="Kind of the shards.")] = "pairs",
+    options: Annotated[str, typer.Option(help="Options of the kind, e.g. '{frames: 4}'.")] = "{}",
+) -> None:
+    """Run the frozen encoder once over all pictures and keep its patch grids as shards.
+
+    A recipe that names the folder (`features: FOLDER`) trains without decoding
+    and encoding these pictures. It pays when every picture is seen more often
+    than once or twice, or by several runs, and there is room for the grids.
+    """
+    import yaml
+
+    from flamingo.data.commands import _track
+    from flamingo.runtime import quiet_libraries, tune_cpu
+
+    quiet_libraries()
+    from flamingo.features import write_features
+
+    with plain_errors():
+        tune_cpu()
+        counts = write_features(model, shards, kind, yaml.safe_load(options) or {}, out, _track)
+        typer.echo(f"{out}: {counts['pictures']} pictures; {counts['bad_samples']} bad samples left out")
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="YAML recipe; see train/recipes.")],
@@ -61,12 +89,15 @@ def train(
     ] = None,
     resume: Resume = False,
     processes: Processes = None,
+    accept_changed_shards: Annotated[
+        bool, typer.Option(help="Resume although shards were added, altered or removed.")
+    ] = False,
 ) -> None:
     """Train as a recipe says, on all GPUs or on two CPU processes, with DeepSpeed's launcher."""
     from flamingo.train.launch import launch
 
     with plain_errors():
-        raise typer.Exit(launch(recipe, overrides or [], resume, processes))
+        raise typer.Exit(launch(recipe, overrides or [], resume, processes, accept_changed_shards))
 
 
 @app.command("eval")

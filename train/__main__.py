@@ -19,6 +19,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", help="YAML file; see train/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. steps=100 optimizer.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument(
+        "--accept-changed-shards", action="store_true", help="resume although shards were added or altered"
+    )
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher")
     return parser.parse_args(arguments)
 
@@ -34,7 +37,8 @@ def main() -> int:
 
     rank = int(os.environ.get("RANK", "0"))
     try:
-        train(read_recipe(arguments.recipe, arguments.overrides), resume=arguments.resume)
+        recipe = read_recipe(arguments.recipe, arguments.overrides)
+        train(recipe, arguments.resume, arguments.accept_changed_shards)
     except (ValueError, OSError, TooManyBadSamples) as error:
         if rank == 0 or not isinstance(error, SharedError):
             print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)

@@ -71,8 +71,14 @@ class Recipe(Section):
     )
     zero_stage: Literal[0, 1] = 0
     workers: int = Field(0, ge=0, description="processes per rank that read and decode ahead")
+    max_bad_samples: int = Field(
+        1000, ge=0, description="different bad samples that are replaced before the run stops"
+    )
     feature_cache_gb: float = Field(
         0.0, ge=0, description="memory per rank for grids of frozen images, so that none is encoded twice"
+    )
+    features: str | None = Field(
+        None, description="folder of grids that `flamingo data features` made; others are encoded"
     )
     log_every: int = Field(1, ge=1)
     blank_every: int = Field(20, ge=0, description="steps between losses with blank images; 0: never")

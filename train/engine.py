@@ -88,6 +88,13 @@ def clip_and_step(engine: Any, recipe: Recipe) -> float:
     return float(norm)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank has, in the order of ranks, on every rank."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The same vector on every rank: the sum of all ranks' vectors."""
     torch.distributed.all_reduce(values)

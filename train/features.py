@@ -10,22 +10,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flamingo.data.augment import AUGMENTED
+from flamingo.data.features import FeatureShards
 from flamingo.data.packing import Rows
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 
 class FeatureCache:
-    """Per process. `limit_gb` bounds it; 0 keeps nothing."""
+    """Per process. `limit_gb` bounds it; 0 keeps nothing. stored: grids that were made before."""
 
-    def __init__(self, model: FlamingoForConditionalGeneration, limit_gb: float, chunk: int = 32):
-        self.model, self.limit, self.chunk = model, limit_gb * 2**30, chunk
+    def __init__(
+        self,
+        model: FlamingoForConditionalGeneration,
+        limit_gb: float,
+        chunk: int = 32,
+        stored: FeatureShards | None = None,
+    ):
+        self.model, self.limit, self.chunk, self.stored = model, limit_gb * 2**30, chunk, stored
         self.kept: dict[str, Tensor] = {}
         self.bytes = 0
         self._blank: Tensor | None = None
 
     def has(self, key: str) -> bool:
         """Whether the loader may skip the pixels of this picture."""
-        return key in self.kept
+        return key in self.kept or (self.stored is not None and key in self.stored)
 
     def grids(self, rows: Rows) -> Tensor:
         """float[N, G, E], one per image of the rows in order, on the model's device."""
@@ -39,7 +47,7 @@ class FeatureCache:
         grids = []
         for key, index in zip(rows.image_keys, rows.pixel_index.tolist(), strict=True):
             if index < 0:
-                grids.append(self.kept[key].to(self.model.device, non_blocking=True))
+                grids.append(self._held(key).to(self.model.device, non_blocking=True))
             else:
                 assert new is not None
                 grids.append(new[index])
@@ -54,8 +62,16 @@ class FeatureCache:
             self._blank = self.model.encode_images(pixels)
         return self._blank.expand(count, -1, -1)
 
+    def _held(self, key: str) -> Tensor:
+        grid = self.kept.get(key)
+        if grid is None:
+            assert self.stored is not None, f"neither pixels nor a grid of picture {key}"
+            grid = self.stored[key]
+            self._keep(key, grid)
+        return grid
+
     def _keep(self, key: str, grid: Tensor) -> None:
         size = grid.numel() * grid.element_size()
-        if key not in self.kept and self.bytes + size <= self.limit:
+        if AUGMENTED not in key and key not in self.kept and self.bytes + size <= self.limit:
             self.kept[key] = grid.cpu().clone()
             self.bytes += size

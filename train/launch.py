@@ -21,7 +21,9 @@ def environment(ranks: int) -> dict[str, str]:
     return env
 
 
-def launch(recipe: str, overrides: list[str], resume: bool, ranks: int | None) -> int:
+def launch(
+    recipe: str, overrides: list[str], resume: bool, ranks: int | None, accept_changed_shards: bool = False
+) -> int:
     """Check the recipe here, where its errors are short, then run it. Returns the exit status."""
     read_recipe(recipe, overrides)
     ranks = ranks or default_processes()
@@ -36,6 +38,7 @@ def launch(recipe: str, overrides: list[str], resume: bool, ranks: int | None) -
         *overrides,
     ]
     command += ["--resume"] if resume else []
+    command += ["--accept-changed-shards"] if accept_changed_shards else []
     return subprocess.run(command, env=environment(ranks)).returncode
 
 

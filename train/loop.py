@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo.data.errors import Skipped
 from flamingo.data.packing import Rows, packed, padded
 from flamingo.data.steps import StepBatches, StepDataset, step_loader
 from flamingo.train import checkpoint
 from flamingo.train.config import Recipe
 from flamingo.train.engine import clip_and_step, sum_over_ranks
+from flamingo.train.faults import Faults
 from flamingo.train.metrics import Metrics, gates
 from flamingo.train.objective import Objective
 from flamingo.train.optim import learning_rate
@@ -22,7 +24,9 @@ from flamingo.train.optim import learning_rate
 class Trainer:
     """Owns the number of consumed steps, which is all the state that the data has."""
 
-    def __init__(self, recipe: Recipe, engine: Any, dataset: StepDataset, metrics: Metrics, world: int):
+    def __init__(
+        self, recipe: Recipe, engine: Any, dataset: StepDataset, metrics: Metrics, world: int, faults: Faults
+    ):
         self.recipe, self.engine, self.dataset, self.metrics, self.world = (
             recipe,
             engine,
@@ -30,6 +34,7 @@ class Trainer:
             metrics,
             world,
         )
+        self.faults = faults
         self.objective: Objective = engine.module
         self.names = [source.name for source in recipe.sources]
         self.pack_tokens = recipe.pack_tokens
@@ -47,6 +52,8 @@ class Trainer:
             record = self.train_step(step, batches)
             record["seconds"] = round(time.monotonic() - began, 4)  # with the wait for the data
             record["data_seconds"] = round(waited, 4)
+            if record["skipped"]:  # on any rank
+                record["faults"] = self.faults.note(step + 1, self._skipped(batches))
             if recipe.blank_every and (step % recipe.blank_every == 0 or step + 1 == last):
                 record["loss_blank"] = self.blank_loss(batches)
             if (step + 1) % recipe.log_every == 0 or step + 1 == last:
@@ -122,6 +129,10 @@ class Trainer:
                 f"the loss of {', '.join(bad)} is not finite at step {step + 1}; weights are as after "
                 f"step {step}. A lower optimizer.lr is the usual cure. Samples of this rank: {keys[:8]}"
             )
+
+    @staticmethod
+    def _skipped(batches: StepBatches) -> list[Skipped]:
+        return [bad for part in batches.values() for batch in part for bad in batch.skipped]
 
     def _sizes(self, batches: StepBatches) -> dict[str, int]:
         every = [batch for part in batches.values() for batch in part]

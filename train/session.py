@@ -11,13 +11,16 @@ import torch
 import yaml
 
 from flamingo.attention import attend_plainly
+from flamingo.data.features import FeatureShards
 from flamingo.data.steps import StepDataset, open_feeds
 from flamingo.factory import create
+from flamingo.features import fingerprint
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import short_attention, tune_cpu
-from flamingo.train import checkpoint, engine
+from flamingo.train import checkpoint, engine, manifest
 from flamingo.train.config import Recipe
+from flamingo.train.faults import Faults
 from flamingo.train.features import FeatureCache
 from flamingo.train.loop import Trainer
 from flamingo.train.metrics import Metrics
@@ -61,20 +64,23 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
         )
 
 
-def train(recipe: Recipe, resume: bool = False) -> None:
-    """Train as the recipe says, on this rank of however many the launcher started."""
+def train(recipe: Recipe, resume: bool = False, accept_changed_shards: bool = False) -> None:
+    """Train as the recipe says, on this rank of however many the launcher started.
+
+    accept_changed_shards: go on with other shards than those that the run began with.
+    """
     began = time.monotonic()
     rank, world = engine.join_group()
     try:
         _together(rank, lambda: check_folder(recipe, resume))
         tune_cpu(processes=1 if torch.cuda.is_available() else world)
         with short_attention():
-            _train(recipe, rank, world, began)
+            _train(recipe, rank, world, began, accept_changed_shards)
     finally:
         engine.leave_group()
 
 
-def _train(recipe: Recipe, rank: int, world: int, began: float) -> None:
+def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool) -> None:
     torch.manual_seed(recipe.seed)
     model, processor = create(
         vision=recipe.model.vision,
@@ -86,7 +92,8 @@ def _train(recipe: Recipe, rank: int, world: int, began: float) -> None:
     )
     model.to(engine.device()).train()  # type: ignore[arg-type]
     attend_plainly(model.language_model)
-    cache = FeatureCache(model, recipe.feature_cache_gb)
+    stored = FeatureShards(recipe.features, fingerprint(model)) if recipe.features else None
+    cache = FeatureCache(model, recipe.feature_cache_gb, stored=stored)
     dataset = open_data(recipe, model, processor, cache, rank, world)
     weights = {source.name: source.weight for source in recipe.sources}
     objective = Objective(model, weights, cache, getattr(torch, recipe.autocast))
@@ -94,11 +101,13 @@ def _train(recipe: Recipe, rank: int, world: int, began: float) -> None:
     found = checkpoint.newest(recipe.run / "checkpoints", recipe.identity())
     start = checkpoint.load(wrapped, found) if found else 0
     _together(rank, lambda: begin(recipe))
+    _together(rank, lambda: manifest.check(recipe.run, manifest.manifest(dataset.feeds), accept))
     metrics = Metrics(recipe.run, recipe.steps, start, writes=rank == 0)
     if start:
         metrics.say(f"going on from {found}")
     try:
-        Trainer(recipe, wrapped, dataset, metrics, world).run(start)
+        faults = Faults(recipe.run, start, recipe.max_bad_samples, rank)
+        Trainer(recipe, wrapped, dataset, metrics, world, faults).run(start)
     finally:
         metrics.close()
     if rank == 0:
@@ -115,6 +124,7 @@ def open_data(
     world: int,
 ) -> StepDataset:
     """The recipe's sources as this rank's micro-batches."""
+    stored = cache.stored.__contains__ if cache.stored else None
     feeds = open_feeds(
         recipe.sources,
         seed=recipe.seed,
@@ -122,9 +132,10 @@ def open_data(
         transform=processor.image_processor.transform,  # type: ignore[attr-defined]
         image_token_id=model.config.image_token_id,
         end_of_chunk_id=model.config.end_of_chunk_token_id,
+        has_features=stored,
     )
     # Loader processes cannot see what the cache learns, so pixels are skipped only without them.
-    skip = cache.has if cache.limit and not recipe.workers else None
+    skip = stored if recipe.workers else cache.has if cache.limit or stored else None
     return StepDataset(feeds, rank, world, recipe.accumulation, skip_pixels=skip)
 
 

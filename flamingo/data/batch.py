@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flamingo.data.document import Document, Image, Text
+from flamingo.data.draws import draw
 from flamingo.data.errors import Skipped
 from flamingo.data.transforms import ImageTransform
 
@@ -95,8 +96,10 @@ class Collator:
         tokenizer: of the language model, with or without the two added tokens.
         transform: for the pictures.
         image_token_id, end_of_chunk_id: ids of <image> and <|endofchunk|>.
-        max_tokens: longest row. A longer document is cut at its end: turns that do not fit in
-            full are dropped; if already the first does not, its text is cut.
+        max_tokens: longest row. Of a longer document turns are dropped at its end until it fits;
+            if already the first does not, its text is cut.
+        crop: "start": the first turns are kept; "random": a run of turns that begins anywhere,
+            as the document's seed says.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Collator:
         image_token_id: int,
         end_of_chunk_id: int,
         max_tokens: int,
+        crop: str = "start",
     ) -> None:
         if max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2 (an image, a token), not {max_tokens}")
@@ -113,6 +117,7 @@ class Collator:
             raise ValueError(f"<image> and <|endofchunk|> have the same token id {image_token_id}")
         self.tokenizer, self.transform, self.max_tokens = tokenizer, transform, max_tokens
         self.image_token_id, self.end_of_chunk_id = image_token_id, end_of_chunk_id
+        self.random_crop = crop == "random"
         padding = tokenizer.pad_token_id
         # Any id will do: the attention mask and the labels hide it.
         self.pad_token_id = padding if isinstance(padding, int) else end_of_chunk_id
@@ -133,7 +138,7 @@ class Collator:
         if not documents:
             raise ValueError("a batch needs at least one document")
         tokens = self._tokenize(documents)
-        rows = [self._cut(self._turns(document, tokens)) for document in documents]
+        rows = [self._cut(self._turns(document, tokens), document.seed) for document in documents]
         images = [image for row in rows for image in row.images]
         pixel_values, pixel_index = self._pixels(images, skip_pixels)
         return Batch(
@@ -172,8 +177,12 @@ class Collator:
                 turn.add([self.end_of_chunk_id], turn.loss)
         return turns
 
-    def _cut(self, turns: list[_Turn]) -> _Turn:
+    def _cut(self, turns: list[_Turn], seed: int) -> _Turn:
         """The turns that fit, joined to a row of 1..max_tokens tokens."""
+        if self.random_crop:
+            left = [sum(len(turn.ids) for turn in turns[n:]) for n in range(len(turns))]
+            starts = sum(tokens >= self.max_tokens for tokens in left)  # that fill a row
+            turns = turns[draw(seed, "crop") % starts :] if starts else turns
         row = _Turn()
         for number, turn in enumerate(turns):
             if number and len(row.ids) + len(turn.ids) > self.max_tokens:

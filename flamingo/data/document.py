@@ -1,4 +1,4 @@
-"""The one in-memory form of training data: an ordered list of text and images."""
+"""The one in-memory form of training data: an ordered list of text, images and clips."""
 
 from __future__ import annotations
 
@@ -31,18 +31,28 @@ class Image:
     key: str
 
 
-Item = Text | Image
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Frames of a video in the order of time, at least one; it is one <image> token."""
+
+    frames: tuple[Image, ...]
+
+
+Item = Text | Image | Clip
 
 
 @dataclass(frozen=True)
 class Document:
     """Items in reading order. A caption pair is the short case: one image, one text.
 
-    `key` is "source/shard/sample": enough to find the sample again.
+    `key` is "source/shard/sample": enough to find the sample again. `seed` is drawn from the
+    position in the source: whatever is random about a document (where it is cut, how its pictures
+    are cropped) follows from it.
     """
 
     items: tuple[Item, ...]
     key: str
+    seed: int = 0
 
 
 def content_key(data: bytes) -> str:

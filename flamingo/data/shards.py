@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import numpy as np
 from braceexpand import braceexpand
 
-from flamingo.data.errors import ShardError
+from flamingo.data.errors import BadSample, ShardError
 
 log = logging.getLogger(__name__)
 
@@ -290,20 +290,32 @@ class ShardSet:
         if not self.counts.any():
             raise ValueError(f"`shards` ({patterns}) hold no sample: their tars are empty")
 
-    def read(self, shard: int, sample: int) -> tuple[str, dict[str, bytes]]:
-        """Numbers of a shard and of a sample in it -> (sample key, member extension -> bytes).
+    def keys(self) -> Iterator[list[str]]:
+        """The sample keys of each shard, in order."""
+        for path in self.paths:
+            yield [key for key, _ in load_index(path).samples()]
+
+    def key(self, shard: int, sample: int) -> str:
+        """Numbers of a shard and of a sample in it -> the sample's key."""
+        return self._open[shard].samples[sample][0]
+
+    def read(self, shard: int, sample: int, largest: int | None = None) -> dict[str, bytes]:
+        """Numbers of a shard and of a sample in it -> member extension -> bytes.
 
         Raises:
             ShardError: the file is no longer what was indexed.
+            BadSample: its members take more than `largest` bytes together.
         """
         opened = self._open[shard]
         key, members = opened.samples[sample]
         start = min(offset for offset, _ in members.values())
         stop = max(offset + size for offset, size in members.values())
+        if largest is not None and stop - start > largest:
+            raise BadSample("too large sample", f"{stop - start} bytes, max_sample_mb allows {largest}")
         block = os.pread(opened.descriptor, stop - start, start)  # one call: members are adjacent
         if len(block) != stop - start:
             raise ShardError(self.paths[shard], "the file became shorter while in use", key, start)
-        return key, {
+        return {
             name: block[offset - start : offset - start + size] for name, (offset, size) in members.items()
         }
 

@@ -49,8 +49,12 @@ def open_feeds(
     transform: ImageTransform,
     image_token_id: int,
     end_of_chunk_id: int,
+    has_features: Callable[[str], bool] | None = None,
 ) -> list[Feed]:
     """Open the shards of every source of a recipe.
+
+    has_features: asked with a content key, whether the picture need not be decoded. The loader's
+    workers ask it too, so it must pickle and not depend on what a process learns later.
 
     Raises:
         ValueError: a source is wrong, or two have the same name.
@@ -60,8 +64,8 @@ def open_feeds(
         raise ValueError(f"`name` of sources must differ: {', '.join(twice)} is there twice")
     return [
         Feed(
-            Stream(source, seed),
-            Collator(tokenizer, transform, image_token_id, end_of_chunk_id, source.max_tokens),
+            Stream(source, seed, image_side=transform.size, has_features=has_features),
+            Collator(tokenizer, transform, image_token_id, end_of_chunk_id, source.max_tokens, source.crop),
             source.batch,
             source.start,
         )

@@ -9,28 +9,25 @@ promise the same permutation in its next release.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from flamingo.data.augment import augment
 from flamingo.data.config import SourceConfig
 from flamingo.data.document import Document
+from flamingo.data.draws import Key, draw
 from flamingo.data.errors import BadSample, Skipped, TooManyBadSamples
-from flamingo.data.kinds import load_kind
+from flamingo.data.kinds import reader
 from flamingo.data.shards import Recent, ShardSet
+from flamingo.data.transforms import decoding_for
 
 log = logging.getLogger(__name__)
 
-Key = int | str
 WARNINGS = 10  # bad samples that are warned about one by one
-
-
-def draw(*key: Key) -> int:
-    """A key -> a uniform 64-bit number, the same on every machine and for ever."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def permutation(n: int, *key: Key) -> np.ndarray:
@@ -120,15 +117,28 @@ class Stream:
         source: what the recipe says.
         seed: of the order. Sources with other shards have other orders under the same seed.
         max_bad: bad samples in a row after which the source itself is taken to be broken.
+        image_side: pixels that pictures are shrunk to later; large JPEGs are decoded smaller then.
+        has_features: asked with a content key, whether that picture need not be decoded.
     """
 
-    def __init__(self, source: SourceConfig, seed: int, max_bad: int = 16) -> None:
+    def __init__(
+        self,
+        source: SourceConfig,
+        seed: int,
+        max_bad: int = 16,
+        image_side: int | None = None,
+        has_features: Callable[[str], bool] | None = None,
+    ) -> None:
         self.name = source.name
         self.max_bad = max_bad
         self.shards = ShardSet(source.shards, keep=min(2 * source.window, 256))
         self.order = Order(self.shards.counts, source.window, seed, self.shards.manifest)
-        self._read = load_kind(source.kind).read
-        self._p_next, self._seed = source.p_next, seed
+        self._read = reader(source.kind, source.options)
+        self._p_next, self._seed, self._augment = source.p_next, seed, source.augment
+        self._largest = source.max_sample_mb << 20
+        # A random crop is enlarged: its pixels are wanted as they are.
+        self._side = None if source.augment else image_side
+        self._has_features = None if source.augment else has_features
         self._warned: set[str] = set()
 
     @property
@@ -149,10 +159,10 @@ class Stream:
         skipped: list[Skipped] = []
         for attempt in range(self.max_bad):
             place = self.order.locate(position, attempt)
-            sample_key, sample = self.shards.read(place.shard, place.sample)
-            key = f"{self.name}/{self.shards.names[place.shard]}/{sample_key}"
+            key = f"{self.name}/{self.shards.names[place.shard]}/{self.shards.key(place.shard, place.sample)}"
             try:
-                return self._read(sample, key), skipped
+                sample = self.shards.read(place.shard, place.sample, self._largest)
+                return self._document(sample, key, position), skipped
             except BadSample as error:
                 skipped.append(Skipped(key, error.fault, error.detail))
                 self._warn(skipped[-1])
@@ -161,6 +171,12 @@ class Stream:
             f"source {self.name!r}: {len(skipped)} bad samples in a row for position {position}; "
             f"repair the shards, or check that `kind` fits them:\n{listed}"
         )
+
+    def _document(self, sample: Mapping[str, bytes], key: str, position: int) -> Document:
+        with decoding_for(self._side, self._has_features):
+            document = self._read(sample, key)
+        document = replace(document, seed=draw(self._seed, self.name, "document", position))
+        return augment(document, self._augment) if self._augment else document
 
     def looks_ahead(self, position: int) -> bool:
         """Whether the words of the document at a position see the next image (`p_next`)."""

@@ -7,6 +7,9 @@ this file too, so it imports nothing else of the data room and does without torc
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +47,36 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
+# Shortest side that the pictures being read are wanted with; None: as they are.
+_wanted_side: ContextVar[int | None] = ContextVar("wanted_side", default=None)
+
+
+# Asked with the content key of a picture: whether somebody has its features, so nobody its pixels.
+_has_features: ContextVar[Callable[[str], bool] | None] = ContextVar("has_features", default=None)
+
+
+def needs_pixels(key: str) -> bool:
+    """Whether the picture with this content key has to be decoded."""
+    has = _has_features.get()
+    return has is None or not has(key)
+
+
+@contextmanager
+def decoding_for(side: int | None, has_features: Callable[[str], bool] | None = None) -> Iterator[None]:
+    """Within this `with`, pictures whose features are there are not decoded, and JPEGs much larger
+    than `side` pixels are decoded at 1/2, 1/4 or 1/8 of their size, as far as both sides stay at
+    least twice `side`: the resize that follows sees no less than it needs, and most of the
+    decoder's work falls away."""
+    tokens = _wanted_side.set(side), _has_features.set(has_features)
+    try:
+        yield
+    finally:
+        _wanted_side.reset(tokens[0])
+        _has_features.reset(tokens[1])
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
-    """Encoded bytes -> upright RGB picture.
+    """Encoded bytes -> upright RGB picture; smaller than it is within `decoding_for`.
 
     Raises:
         BadSample: not a picture in one of `FORMATS`, damaged, truncated, or its header announces
@@ -55,6 +86,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
         if pixels <= max_pixels:
+            if side := _wanted_side.get():
+                image.draft("RGB", (2 * side, 2 * side))  # does nothing but to JPEGs
             image.load()
             PIL.ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)

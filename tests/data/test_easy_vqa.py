@@ -103,7 +103,7 @@ def test_no_test_picture_is_in_a_training_shard(written):
         data
         for shard, count in enumerate(shards.counts)
         for sample in range(count)
-        for member, data in shards.read(shard, sample)[1].items()
+        for member, data in shards.read(shard, sample).items()
         if member.endswith("png")
     ]
     assert len(pictures) == card.counts["pairs"] + card.counts["questions"]

@@ -21,7 +21,8 @@ def shard(write_tar, pair):
 
 
 def everything(shard_set: ShardSet) -> dict[str, dict[str, bytes]]:
-    return dict(shard_set.read(s, i) for s, count in enumerate(shard_set.counts) for i in range(count))
+    places = [(s, i) for s, count in enumerate(shard_set.counts) for i in range(count)]
+    return {shard_set.key(*place): shard_set.read(*place) for place in places}
 
 
 def test_samples_are_those_that_webdataset_reads(write_tar, pair):

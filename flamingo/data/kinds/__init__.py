@@ -6,6 +6,9 @@
     example() -> dict[str, bytes]
         A minimal good sample; the contract test damages it in every way.
 
+A kind with settings has a class `Options` too, a pydantic model with `extra="forbid"` and defaults
+for all its fields: the recipe's `options` of a source. Then it is read(sample, key, options).
+
 A file added to this folder is a kind at once; modules that start with "_" are helpers.
 """
 
@@ -13,7 +16,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from flamingo.data.document import Document
+
+Reader = Callable[[Mapping[str, bytes], str], Document]
 
 
 def kind_names() -> list[str]:
@@ -53,3 +65,26 @@ def load_kind(name: str) -> ModuleType:
     if not callable(getattr(module, "read", None)):
         raise ValueError(f"kind {name!r}: the module has no function read(sample, key)")
     return module
+
+
+def reader(name: str, options: Mapping[str, Any]) -> Reader:
+    """The function that reads samples of a kind, with its options; it pickles.
+
+    Raises:
+        ValueError: no such kind, or options that it does not have.
+    """
+    module = load_kind(name)
+    fields = getattr(module, "Options", None)
+    if fields is None:
+        if options:
+            raise ValueError(f"kind {name!r} has no options, the source gives {', '.join(options)}")
+        return module.read
+    try:
+        return partial(module.read, options=fields.model_validate(dict(options)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(sorted(fields.model_fields))
+        raise ValueError(
+            f"kind {name!r}, option {where!r}: {first['msg']} (got {first.get('input')!r}; it has {known})"
+        ) from None

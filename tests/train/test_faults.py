@@ -1,0 +1,59 @@
+"""Bad samples are listed once, survive a resume, and stop the run when there are too many."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flamingo.data.errors import Skipped
+from flamingo.train import faults as module
+from flamingo.train.faults import Faults
+
+
+def bad(number: int, fault: str = "damaged image") -> Skipped:
+    return Skipped(f"s/a.tar/{number}", fault, "why")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(module, "gather_objects", lambda value: [value])
+
+
+def listed(run) -> list[str]:
+    return [json.loads(line)["key"] for line in (run / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_each_is_listed_and_counted_by_kind(tmp_path):
+    faults = Faults(tmp_path, 0, limit=10, rank=0)
+    assert faults.note(1, [bad(1), bad(2), bad(3, "bad json")]) == {"damaged image": 2, "bad json": 1}
+    assert faults.note(2, []) == {}
+    record = json.loads((tmp_path / "skipped.jsonl").read_text().splitlines()[0])
+    assert record == {"step": 1, "key": "s/a.tar/1", "fault": "damaged image", "detail": "why"}
+
+
+def test_too_many_different_ones_stop_with_a_list_and_a_repeated_one_counts_once(tmp_path):
+    faults = Faults(tmp_path, 0, limit=2, rank=0)
+    for step in range(5):
+        faults.note(step + 1, [bad(1), bad(2)])
+    with pytest.raises(ValueError, match=r"3 bad samples by step 6, max_bad_samples=2(.|\n)*s/a.tar/3"):
+        faults.note(6, [bad(3)])
+
+
+def test_a_resumed_run_drops_what_it_does_again_and_counts_the_rest(tmp_path):
+    faults = Faults(tmp_path, 0, limit=2, rank=0)
+    faults.note(1, [bad(1)])
+    faults.note(5, [bad(2)])
+    (tmp_path / "skipped.jsonl").open("a").write('{"step": 3, "ke')
+    again = Faults(tmp_path, 3, limit=2, rank=0)
+    assert listed(tmp_path) == ["s/a.tar/1"] and again.keys == {"s/a.tar/1"}
+    again.note(5, [bad(2)])
+    with pytest.raises(ValueError, match="3 bad samples"):
+        again.note(6, [bad(3)])
+
+
+def test_only_rank_0_writes(tmp_path):
+    faults = Faults.__new__(Faults)
+    faults.path, faults.limit, faults.writes, faults.keys = tmp_path / "skipped.jsonl", 5, False, set()
+    faults.note(1, [bad(1)])
+    assert not (tmp_path / "skipped.jsonl").exists() and faults.keys == {"s/a.tar/1"}

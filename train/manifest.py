@@ -1,0 +1,58 @@
+"""Which shards a run trains on: kept in the run's folder, compared when it goes on.
+
+Positions are counted in the order that follows from the shards, so other shards mean that some
+samples come twice and others never.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from flamingo.data.steps import Feed
+
+FILE = "shards.json"
+NAMED = 5  # shards that a message names
+
+Manifest = dict[str, dict[str, str]]  # source -> shard -> digest
+
+
+def manifest(feeds: Iterable[Feed]) -> Manifest:
+    """The shards of every source with their digests."""
+    return {
+        feed.name: dict(zip(feed.stream.shards.names, feed.stream.shards.digests, strict=True))
+        for feed in feeds
+    }
+
+
+def check(run: Path, now: Manifest, accept: bool) -> None:
+    """Remember the shards of a new run; those of a run that goes on must be the same.
+
+    Raises ValueError, naming shards that were added, altered or removed, unless they are accepted.
+    """
+    held = run / FILE
+    changes = _changes(json.loads(held.read_text()), now) if held.exists() else []
+    if changes and not accept:
+        more = f" and {len(changes) - NAMED} more" if len(changes) > NAMED else ""
+        raise ValueError(
+            f"the shards are not those that {run} began with: {'; '.join(changes[:NAMED])}{more}. Put them "
+            "back, or go on with other samples in another order: --accept-changed-shards"
+        )
+    if changes or not held.exists():
+        part = held.with_suffix(".part")
+        part.write_text(json.dumps(now, indent=1) + "\n")
+        part.replace(held)
+
+
+def _changes(before: Manifest, now: Manifest) -> list[str]:
+    found = []
+    for source in now:
+        old, new = before.get(source, {}), now[source]
+        for words, shards in (
+            ("was added", sorted(new.keys() - old.keys())),
+            ("was removed", sorted(old.keys() - new.keys())),
+            ("was altered", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
+        ):
+            found += [f"shard {name} of source {source!r} {words}" for name in shards]
+    return found
