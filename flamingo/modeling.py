@@ -49,6 +49,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

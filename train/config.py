@@ -77,8 +77,8 @@ class Recipe(Section):
     feature_cache_gb: float = Field(
         0.0, ge=0, description="memory per rank for grids of frozen images, so that none is encoded twice"
     )
-    features: str | None = Field(
-        None, description="folder of grids that `flamingo data features` made; others are encoded"
+    features: list[str] | str = Field(
+        default_factory=list, description="folders of grids that `flamingo data features` made"
     )
     log_every: int = Field(1, ge=1)
     blank_every: int = Field(20, ge=0, description="steps between losses with blank images; 0: never")

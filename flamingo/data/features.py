@@ -8,7 +8,7 @@ what they are: whatever document shows a picture, its grid is found by its key.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,30 @@ class FeatureShards:
     """key in shards; shards[key] -> float[G, E], in the dtype that the encoder had.
 
     Args:
-        folder: what `flamingo data features` wrote.
+        folders: what `flamingo data features` wrote, one or several.
         encoder: what tells the encoder of now from others (`flamingo.features.fingerprint`).
 
     Raises:
         ValueError: no such folder, one that is not complete, or grids of another encoder.
     """
 
-    def __init__(self, folder: str | Path, encoder: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        card = read_card(self.folder)
-        if different := [name for name in encoder if card["encoder"].get(name) != encoder[name]]:
-            told = "; ".join(f"{n} {card['encoder'].get(n)!r}, not {encoder[n]!r}" for n in different)
-            raise ValueError(
-                f"features {self.folder} are of another encoder ({told}): make them again with "
-                "`flamingo data features`, or remove `features` from the recipe"
-            )
-        self.shards = ShardSet(str(self.folder / "*.tar"))
+    def __init__(self, folders: str | Path | Sequence[str], encoder: Mapping[str, Any]) -> None:
+        listed = [folders] if isinstance(folders, (str, Path)) else folders
+        for folder in map(Path, listed):
+            self._check(folder, read_card(folder)["encoder"], encoder)
+        self.shards = ShardSet([str(Path(folder) / "*.tar") for folder in listed])
         self.places: dict[str, tuple[int, int]] = {}
         for shard, samples in enumerate(self.shards.keys()):
             self.places.update({key: (shard, number) for number, key in enumerate(samples)})
+
+    @staticmethod
+    def _check(folder: Path, held: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
+        if different := [name for name in encoder if held.get(name) != encoder[name]]:
+            told = "; ".join(f"{n} {held.get(n)!r}, not {encoder[n]!r}" for n in different)
+            raise ValueError(
+                f"features {folder} are of another encoder ({told}): make them again with "
+                "`flamingo data features`, or remove `features` from the recipe"
+            )
 
     def __contains__(self, key: str) -> bool:
         return key in self.places

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flamingo.data.config import SourceConfig
+from flamingo.data.config import Augment, SourceConfig
 from flamingo.data.document import Text
 from flamingo.data.errors import TooManyBadSamples
 from flamingo.data.steps import Feed, StepDataset, open_feeds, step_loader
@@ -27,7 +27,8 @@ def caption(stream: Stream, position: int) -> str:
 
 @pytest.fixture
 def feeds(source, tokenizer, transform) -> list[Feed]:
-    other = source.model_copy(update={"name": "other", "batch": 48, "window": 1, "p_next": 0.5})
+    changes = {"augment": Augment(crop_scale=(0.2, 1.0), flip=0.5), "crop": "random", "max_tokens": 2}
+    other = source.model_copy(update={"name": "other", "batch": 48, "window": 1, "p_next": 0.5, **changes})
     return open_feeds(
         [source, other],
         seed=7,
@@ -47,11 +48,11 @@ def global_batches(feeds: list[Feed], steps: range, ranks: int, parts: int, work
     for by_rank in zip(*loaders, strict=True):
         yield {
             feed.name: [
-                (key, row[mask.bool()].tolist(), pixels[0, 0, 0].item(), ahead)
+                (key, row[mask.bool()].tolist(), pixels[0, 0, 0].item(), image, ahead)
                 for batches in by_rank
                 for batch in batches[feed.name]
-                for key, row, mask, pixels, ahead in zip(
-                    batch.keys, batch.input_ids, batch.attention_mask, batch.pixel_values,
+                for key, row, mask, pixels, image, ahead in zip(
+                    batch.keys, batch.input_ids, batch.attention_mask, batch.pixel_values, batch.image_keys,
                     [False] * len(batch.keys) if batch.look_ahead is None else batch.look_ahead.tolist(),
                     strict=True,
                 )

@@ -6,6 +6,7 @@ The reference is always the plainest way: one row at a time, all tokens anew for
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -189,6 +190,19 @@ def test_the_attention_asked_for_reaches_the_lm_and_changes_no_logits(build, bat
     build(family).save_pretrained(tmp_path)
     logits = []
     for kind in ("eager", "sdpa"):
+        model = FlamingoForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=kind)
+        assert model.language_model.config._attn_implementation == kind
+        with torch.no_grad():
+            logits.append(model(**batch).logits[batch["attention_mask"] > 0])
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles flex attention with g++ on a CPU")
+def test_flex_attention_changes_no_logits(build, batch, tmp_path):
+    build("llama", lm={"hidden_size": 64}).save_pretrained(tmp_path)
+    logits = []
+    for kind in ("sdpa", "flex_attention"):
         model = FlamingoForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=kind)
         assert model.language_model.config._attn_implementation == kind
         with torch.no_grad():
