@@ -16,6 +16,7 @@ import resource
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,9 +102,9 @@ def order(folder: Path) -> dict:
     fields = {"kind": "pairs", "shards": shards, "window": 3}
     augment = Augment(crop_scale=(0.3, 1.0), flip=0.5)
     sources = [
-        SourceConfig(name="a", batch=24, max_tokens=8, **fields),
+        SourceConfig(name="a", batch=48, max_tokens=8, **fields),
         SourceConfig(
-            name="b", batch=48, max_tokens=2, crop="random", augment=augment, p_next=0.5, weight=0.3, **fields
+            name="b", batch=96, max_tokens=2, crop="random", augment=augment, p_next=0.5, weight=0.3, **fields
         ),
     ]
     feeds = open_feeds(
@@ -114,9 +115,10 @@ def order(folder: Path) -> dict:
         image_token_id=1,
         end_of_chunk_id=2,
     )
-    steps = 9  # more than an epoch of both
+    steps = 7  # more than an epoch of both
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     expected = _digests(feeds, range(steps), 1, 1, 0)
-    cases = list(itertools.product((1, 2, 3, 4, 6), (0, 1, 3), (1, 2, 4), (0, 1, 4, 6, 8)))
+    cases = list(itertools.product((1, 2, 3, 4, 6), (0, 1, 3), (1, 2, 4), (0, 1, 3, 5, 6)))
     same = sum(
         _digests(feeds, range(cut, steps), ranks, parts, workers) == expected[cut:]
         for ranks, workers, parts, cut in cases

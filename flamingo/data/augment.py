@@ -40,11 +40,12 @@ def _box(size: tuple[int, int], seed: int, number: int, how: Augment) -> tuple[i
     """Left, upper, right, lower of a crop of the wanted area and shape (as in Inception's training)."""
     width, height = size
     area = width * height * uniform(*how.crop_scale, seed, number, "scale")
-    ratio = math.exp(uniform(*map(math.log, how.crop_ratio), seed, number, "ratio"))
+    narrow, wide = (math.log(ratio) for ratio in how.crop_ratio)
+    ratio = math.exp(uniform(narrow, wide, seed, number, "ratio"))
     if how.crop_scale[0] == how.crop_scale[1] == 1:
         return (0, 0, width, height)
-    wide = min(width, max(1, round(math.sqrt(area * ratio))))
-    high = min(height, max(1, round(math.sqrt(area / ratio))))
-    left = int(uniform(0, width - wide + 1, seed, number, "left"))
-    upper = int(uniform(0, height - high + 1, seed, number, "upper"))
-    return (left, upper, left + wide, upper + high)
+    across = min(width, max(1, round(math.sqrt(area * ratio))))
+    down = min(height, max(1, round(math.sqrt(area / ratio))))
+    left = int(uniform(0, width - across + 1, seed, number, "left"))
+    upper = int(uniform(0, height - down + 1, seed, number, "upper"))
+    return (left, upper, left + across, upper + down)

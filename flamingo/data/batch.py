@@ -169,7 +169,7 @@ class Collator:
                     turns.append(_Turn())
                 turns[-1].add([self.image_token_id], loss=False)
                 turns[-1].images.append(item)
-            elif ids := next(tokens):
+            elif isinstance(item, Text) and (ids := next(tokens)):
                 turns[-1].add(ids, item.loss)
                 turns[-1].loss = item.loss
         for turn in turns:

@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 CARD = "dataset.json"
+V = TypeVar("V")
 
 TarSample = tuple[str, Mapping[str, bytes]]  # key, member extension -> bytes
 # track(items, what they are, how many) -> the same items; shows a progress bar on the way
@@ -44,22 +46,14 @@ def write_tars(
     Returns:
         File name -> {"samples", "bytes", "sha256"}.
     """
-    from webdataset.writer import TarWriter  # pulls in torch and more
-
     files: dict[str, dict[str, str | int]] = {}
     left = iter(samples)
     for first in left:
         path = folder / f"{family}-{len(files):06d}.tar"
-        count = 0
-        # A fixed time and owner: the bytes follow from the samples alone.
-        with open(path, "wb") as file:
-            with TarWriter(file, "flamingo", "flamingo", encoder=False, compress=False, mtime=0) as tar:
-                for key, members in chain([first], islice(left, per_shard - 1)):
-                    tar.write({"__key__": key, **members})
-                    count += 1
-            file.flush()
+        count = write_tar(path, chain([first], islice(left, per_shard - 1)))
+        with open(path, "rb+") as file:
             os.fsync(file.fileno())
-        files[path.name] = {"samples": count, **_fingerprint(path)}
+        files[path.name] = {"samples": count, **fingerprint(path)}
     return files
 
 
@@ -93,7 +87,7 @@ def read_complete(out: Path, settings: Mapping[str, str | int | None]) -> Datase
         raise ValueError(f"{out} holds shards with other settings ({told}): {advice}")
     for name, said in card.files.items():
         path = out / name
-        if not path.is_file() or _fingerprint(path) != {k: said.get(k) for k in ("bytes", "sha256")}:
+        if not path.is_file() or fingerprint(path) != {k: said.get(k) for k in ("bytes", "sha256")}:
             raise ValueError(f"{path} is missing or was altered: delete {out} and write it again")
     return card
 
@@ -119,7 +113,51 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fingerprint(path: Path) -> dict[str, str | int]:
+def write_aside(path: Path, fill: Callable[[Path], V]) -> V:
+    """`fill(temporary)` writes a file, which takes the name `path` if that ends well; its result.
+
+    Several processes may write the same file at once: each has its own temporary one.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        told = fill(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+    return told
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make new names in a folder last, where the system lets folders be synced."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_tar(path: Path, samples: Iterable[TarSample]) -> int:
+    """Write one tar whose bytes follow from the samples alone; how many there were."""
+    from webdataset.writer import TarWriter  # pulls in torch and more
+
+    count = 0
+    # A fixed time and owner.
+    with (
+        open(path, "wb") as file,
+        TarWriter(file, "flamingo", "flamingo", encoder=False, compress=False, mtime=0) as tar,
+    ):
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+            count += 1
+    return count
+
+
+def fingerprint(path: Path) -> dict[str, str | int]:
+    """{"bytes", "sha256"} of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
