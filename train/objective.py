@@ -68,11 +68,25 @@ class Objective(nn.Module):
                 attention_mask=rows.attention_mask,
                 segment_ids=rows.segment_ids,
                 look_ahead=rows.look_ahead,
-                media=self.model.media(grids=grids) if images else None,
+                media=self.model.media(grids=_by_clip(grids, rows.frames), frames=rows.frames)
+                if images
+                else None,
                 labels=rows.labels,
                 reduction="none",
             )
         return out.loss
+
+
+def _by_clip(grids: Tensor, frames: Tensor | None) -> Tensor:
+    """float[N, G, E] of all pictures -> float[K, F, G, E], F of the longest clip; int64[K] says how
+    many are a clip's own. Without clips the grids stay as they are."""
+    if frames is None:
+        return grids
+    longest = int(frames.max())
+    mine = torch.arange(longest, device=frames.device) < frames[:, None]  # [K, F]
+    clips = grids.new_zeros(*mine.shape, *grids.shape[1:])
+    clips[mine] = grids
+    return clips
 
 
 def _trained_only(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:

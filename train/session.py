@@ -12,6 +12,7 @@ import yaml
 
 from flamingo.attention import attend_plainly
 from flamingo.data.features import FeatureShards
+from flamingo.data.kinds import longest_clip
 from flamingo.data.steps import StepDataset, open_feeds
 from flamingo.factory import create
 from flamingo.features import fingerprint
@@ -124,6 +125,7 @@ def open_data(
     world: int,
 ) -> StepDataset:
     """The recipe's sources as this rank's micro-batches."""
+    _check_clips(recipe, model.config.resampler_frames)
     stored = cache.stored.__contains__ if cache.stored else None
     feeds = open_feeds(
         recipe.sources,
@@ -137,6 +139,17 @@ def open_data(
     # Loader processes cannot see what the cache learns, so pixels are skipped only without them.
     skip = stored if recipe.workers else cache.has if cache.limit or stored else None
     return StepDataset(feeds, rank, world, recipe.accumulation, skip_pixels=skip)
+
+
+def _check_clips(recipe: Recipe, trained: int | None) -> None:
+    for source in recipe.sources:
+        longest = longest_clip(source.kind, source.options)
+        if longest > max(1, trained or 0):
+            raise ValueError(
+                f"source {source.name!r} has clips of up to {longest} frames, the resampler has "
+                f"{trained or 'no'} embeddings for them: set model.architecture.resampler_frames={longest}, "
+                "or fewer `frames` in the options of the source"
+            )
 
 
 @torch.no_grad()

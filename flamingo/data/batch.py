@@ -1,12 +1,13 @@
 """Documents -> tensors: what stands in a row, what is learned, and which pictures go with it.
 
-Shapes: B rows, T tokens of the longest row, N images of all rows, M images with pixels,
-H = W = size of the transform. A row is a sequence of turns:
+Shapes: B rows, T tokens of the longest row, K <image> tokens of all rows, N pictures (K, and more
+with clips), M pictures with pixels, H = W = size of the transform. A row is a sequence of turns:
 
     <image> Question: what color is it? Answer: blue <|endofchunk|>  <image> ... <|endofchunk|>
        -                   -                      x        x            -             x
 
-with x where there is loss on predicting that token. Every picture is one <image> token; every run
+with x where there is loss on predicting that token. Every picture and every clip is one <image>
+token; every run
 of text ends with <|endofchunk|>, before the next picture and at the end of the document.
 """
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flamingo.data.document import Document, Image, Text
+from flamingo.data.document import Clip, Document, Image, Text
 from flamingo.data.draws import draw
 from flamingo.data.errors import Skipped
 from flamingo.data.transforms import ImageTransform
@@ -38,12 +39,13 @@ class Batch:
         input_ids: int64[B, T], padded on the right.
         attention_mask: int64[B, T], 1 at real tokens.
         labels: int64[B, T], `IGNORE` where there is no loss; not shifted: the model does that.
-        pixel_values: float32[M, 3, H, W]. Without `skip_pixels` one entry per <image> token of
-            the batch, row by row (M = N).
-        pixel_index: int64[N], which entry of `pixel_values` an image has; -1: it was skipped.
-        image_keys: N content keys of the images.
+        pixel_values: float32[M, 3, H, W]. Without `skip_pixels` one entry per picture of the
+            batch, row by row (M = N).
+        pixel_index: int64[N], which entry of `pixel_values` a picture has; -1: it was skipped.
+        image_keys: N content keys of the pictures.
         keys: B document keys.
         look_ahead: bool[B], documents whose words see the next image (p_next); None: none.
+        frames: int64[K], pictures of each <image> token; None: one each.
         skipped: bad samples that the documents stand for.
     """
 
@@ -56,6 +58,7 @@ class Batch:
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)
     look_ahead: Tensor | None = None
+    frames: Tensor | None = None
 
     @property
     def n_targets(self) -> int:
@@ -81,7 +84,7 @@ class _Turn:
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    images: list[Image] = field(default_factory=list)
+    images: list[Image | Clip] = field(default_factory=list)
     loss: bool | None = None  # of the last text; None: no text yet
 
     def add(self, ids: list[int], loss: bool) -> None:
@@ -139,7 +142,9 @@ class Collator:
             raise ValueError("a batch needs at least one document")
         tokens = self._tokenize(documents)
         rows = [self._cut(self._turns(document, tokens), document.seed) for document in documents]
-        images = [image for row in rows for image in row.images]
+        shown = [_pictures(item) for row in rows for item in row.images]
+        images = [image for pictures in shown for image in pictures]
+        frames = [len(pictures) for pictures in shown]
         pixel_values, pixel_index = self._pixels(images, skip_pixels)
         return Batch(
             input_ids=_pad([row.ids for row in rows], self.pad_token_id),
@@ -149,6 +154,7 @@ class Collator:
             pixel_index=pixel_index,
             image_keys=[image.key for image in images],
             keys=[document.key for document in documents],
+            frames=torch.tensor(frames) if any(count > 1 for count in frames) else None,
         )
 
     def _tokenize(self, documents: Sequence[Document]) -> Iterator[list[int]]:
@@ -164,12 +170,12 @@ class Collator:
     def _turns(self, document: Document, tokens: Iterator[list[int]]) -> list[_Turn]:
         turns = [_Turn()]
         for item in document.items:
-            if isinstance(item, Image):
+            if isinstance(item, (Image, Clip)):
                 if turns[-1].loss is not None:  # a picture after text opens a turn
                     turns.append(_Turn())
                 turns[-1].add([self.image_token_id], loss=False)
                 turns[-1].images.append(item)
-            elif isinstance(item, Text) and (ids := next(tokens)):
+            elif ids := next(tokens):
                 turns[-1].add(ids, item.loss)
                 turns[-1].loss = item.loss
         for turn in turns:
@@ -212,6 +218,10 @@ class Collator:
         else:
             pixels = torch.zeros(0, 3, self.transform.size, self.transform.size)
         return pixels, torch.tensor(index, dtype=torch.int64)
+
+
+def _pictures(item: Image | Clip) -> tuple[Image, ...]:
+    return item.frames if isinstance(item, Clip) else (item,)
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:

@@ -3,13 +3,14 @@
 Packed, documents of all sources stand one after the other in a row, each a segment of its own:
 no attention across them, positions that restart, no image of another document in sight. Nothing
 is computed for padding but at the ends of rows, and matrix products are as tall as they can be.
-B rows, T tokens of the longest row, N images in the order of their <image> tokens.
+B rows, T tokens of the longest row, K <image> tokens, N pictures in the order of their tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class Rows:
         segment_ids: int64[B, T] for packed rows, None for padded ones; the padding at the end of
             a row is a segment too.
         look_ahead: bool[B, T], tokens that see the next image (p_next); None: none.
-        pixel_values, pixel_index, image_keys: as in `Batch`, of all images in the order of rows.
+        pixel_values, pixel_index, image_keys: as in `Batch`, of all pictures in the order of rows.
+        frames: int64[K], pictures of each <image> token; None: one each.
     """
 
     input_ids: Tensor
@@ -40,6 +42,7 @@ class Rows:
     pixel_index: Tensor
     image_keys: list[str]
     look_ahead: Tensor | None = None
+    frames: Tensor | None = None
 
     @property
     def target_source(self) -> Tensor:
@@ -72,6 +75,7 @@ def padded(batches: Sequence[Batch | None]) -> list[Rows]:
             pixel_index=batch.pixel_index,
             image_keys=batch.image_keys,
             look_ahead=None if batch.look_ahead is None else _spread(batch.look_ahead, batch.input_ids),
+            frames=batch.frames,
         )
         for number, batch in enumerate(batches)
         if batch is not None
@@ -80,12 +84,14 @@ def padded(batches: Sequence[Batch | None]) -> list[Rows]:
 
 @dataclass
 class _Piece:
-    """One document of one batch: its tokens, and which of all images are its own."""
+    """One document of one batch: its tokens, which of all pictures are its own, and how many of
+    them each of its <image> tokens has."""
 
     source: int
     ids: Tensor
     labels: Tensor
     images: list[int]
+    frames: list[int]
     ahead: bool
 
 
@@ -99,6 +105,7 @@ def packed(batches: Sequence[Batch | None], row_tokens: int, image_token_id: int
     rows = _first_fit(_pieces(joined, image_token_id), row_tokens)
     order = [image for row in rows for piece in row for image in piece.images]
     keys = [key for _, batch in joined for key in batch.image_keys]
+    frames = [count for row in rows for piece in row for count in piece.frames]
     return [
         Rows(
             input_ids=_join([[piece.ids for piece in row] for row in rows], 0),
@@ -116,6 +123,7 @@ def packed(batches: Sequence[Batch | None], row_tokens: int, image_token_id: int
             )
             if any(piece.ahead for row in rows for piece in row)
             else None,
+            frames=torch.tensor(frames) if any(count > 1 for count in frames) else None,
         )
     ]
 
@@ -140,13 +148,15 @@ def _pieces(batches: list[tuple[int, Batch]], image_token_id: int) -> list[_Piec
     for number, batch in batches:
         lengths = batch.attention_mask.sum(dim=1).tolist()
         counts = (batch.input_ids == image_token_id).sum(dim=1).tolist()
+        frames = iter([1] * sum(counts) if batch.frames is None else batch.frames.tolist())
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             labels = batch.labels[row, :length].clone()
             labels[0] = IGNORE  # the document before must not predict the first token of this one
-            images = list(range(first, first + count))
+            mine = list(islice(frames, count))
+            images = list(range(first, first + sum(mine)))
             ahead = batch.look_ahead is not None and bool(batch.look_ahead[row])
-            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images, ahead))
-            first += count
+            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images, mine, ahead))
+            first += sum(mine)
     return pieces
 
 

@@ -56,9 +56,9 @@ def test_damage_to_any_member_is_a_bad_sample_and_nothing_else(name):
 
 
 def test_an_unknown_kind_lists_the_choices():
-    with pytest.raises(ValueError, match=r"'pears': choose one of interleaved, pairs, or"):
+    with pytest.raises(ValueError, match=r"'pears': choose one of interleaved, .*pairs, .*, or"):
         load_kind("pears")
-    with pytest.raises(ValueError, match=r"no module 'my_lab'.*interleaved, pairs"):
+    with pytest.raises(ValueError, match=r"no module 'my_lab'.*interleaved, .*pairs"):
         load_kind("my_lab.comics")
     with pytest.raises(ValueError, match="no function read"):
         load_kind("flamingo.data.errors")

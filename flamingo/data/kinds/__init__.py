@@ -7,7 +7,8 @@
         A minimal good sample; the contract test damages it in every way.
 
 A kind with settings has a class `Options` too, a pydantic model with `extra="forbid"` and defaults
-for all its fields: the recipe's `options` of a source. Then it is read(sample, key, options).
+for all its fields: the recipe's `options` of a source. Then it is read(sample, key, options). A
+function requires(options) may raise ValueError where a package that they need is not installed.
 
 A file added to this folder is a kind at once; modules that start with "_" are helpers.
 """
@@ -80,7 +81,7 @@ def reader(name: str, options: Mapping[str, Any]) -> Reader:
             raise ValueError(f"kind {name!r} has no options, the source gives {', '.join(options)}")
         return module.read
     try:
-        return partial(module.read, options=fields.model_validate(dict(options)))
+        given = fields.model_validate(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -88,3 +89,12 @@ def reader(name: str, options: Mapping[str, Any]) -> Reader:
         raise ValueError(
             f"kind {name!r}, option {where!r}: {first['msg']} (got {first.get('input')!r}; it has {known})"
         ) from None
+    if hasattr(module, "requires"):
+        module.requires(given)
+    return partial(module.read, options=given)
+
+
+def longest_clip(name: str, options: Mapping[str, Any]) -> int:
+    """Frames of the longest clip that a kind makes with these options; 1: it makes none."""
+    given = getattr(reader(name, options), "keywords", {}).get("options")
+    return getattr(given, "frames", 1)

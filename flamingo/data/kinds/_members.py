@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import PIL.Image
 
 from flamingo.data.document import Image, content_key
 from flamingo.data.errors import BadSample
-from flamingo.data.transforms import decode_image, needs_pixels
+from flamingo.data.transforms import FORMATS, decode_image, needs_pixels
+
+PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of image members
 
 
 def member(sample: Mapping[str, bytes], name: str) -> bytes:
@@ -27,6 +31,52 @@ def image(data: bytes) -> Image:
     """The decoded picture; one of a pixel where its features are there already (`decoding_for`)."""
     key = content_key(data)
     return Image(decode_image(data) if needs_pixels(key) else PIL.Image.new("RGB", (1, 1)), key)
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header: true also where `image` gives a smaller one."""
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as header:
+            return header.size
+    except Exception as error:  # decoders raise whatever they like on damaged bytes
+        raise BadSample("damaged image", f"{len(data)} bytes: {error!r}") from error
+
+
+def one_of(sample: Mapping[str, bytes], endings: Sequence[str], what: str) -> str:
+    """The name of the only member of the sample with one of these endings."""
+    found = [name for name in endings if name in sample]
+    if len(found) == 1:
+        return found[0]
+    held = ", ".join(sorted(sample)) or "nothing"
+    raise BadSample(
+        "missing member" if not found else f"too many {what}s",
+        f"a sample has exactly one of {', '.join(endings)}; this one holds {held}",
+    )
+
+
+def caption(sample: Mapping[str, bytes]) -> str:
+    """The text member, or "caption" or "text" of the json; not blank."""
+    if "txt" in sample:
+        found = text(sample["txt"], "txt")
+    else:
+        fields = json_object(member(sample, "json"))
+        name = next((name for name in ("caption", "text") if name in fields), None)
+        if name is None:
+            raise BadSample("no text", "no txt member, and the json has neither 'caption' nor 'text'")
+        found = text(fields[name], f"json field {name!r}")
+    if not found.strip():
+        raise BadSample("no text", "the caption is empty")
+    return found.strip()
+
+
+def from_base64(value: object) -> bytes:
+    """base64 text, also as a data: address -> bytes."""
+    try:
+        return base64.b64decode(text(value, "base64").rpartition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        if isinstance(error, BadSample):
+            raise
+        raise BadSample("bad base64", str(error)) from None
 
 
 def text(value: object, what: str) -> str:
