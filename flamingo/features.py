@@ -82,7 +82,7 @@ def write_features(
             yield from _encode(loaded, waiting)
 
     with new_folder(out) as folder:
-        numbers = range(len(source.paths))
+        numbers = range(len(source.places))
         for shard in track(numbers, "shards", len(numbers)) if track else numbers:
             write_tars(folder, f"features-{shard:06d}", members(grids(shard)), 1 << 62)
         counts["pictures"] = len(seen)

@@ -17,7 +17,7 @@ from flamingo.data.config import SourceConfig
 from flamingo.data.document import Document
 from flamingo.data.errors import BadSample
 from flamingo.data.kinds import reader
-from flamingo.data.shards import expand
+from flamingo.data.places import expand
 
 log = logging.getLogger(__name__)
 

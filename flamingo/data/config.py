@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flamingo.data.kinds import check_kind
+from flamingo.data.remote import Remote
 
 
 class Augment(BaseModel):
@@ -40,8 +41,10 @@ class SourceConfig(BaseModel):
         default_factory=dict, description="Settings of the kind; its file lists them."
     )
     shards: str | list[str] = Field(
-        description="Plain tars: paths, globs (dir/*.tar), ranges (pairs-{000..003}.tar)."
+        description="Plain tars: paths, globs (dir/*.tar), ranges (pairs-{000..003}.tar), or the same "
+        "with https://, s3://, gs:// or hf:// before."
     )
+    remote: Remote = Field(default_factory=Remote, description="How shards in a store are fetched.")
     batch: int = Field(ge=1, description="Samples per optimizer step, over all ranks.")
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Weight in the loss.")
     max_tokens: int = Field(ge=2, description="Longer documents are cut, by whole turns if possible.")

@@ -96,6 +96,19 @@ class Order:
         rank = int(np.searchsorted(starts, offset, side="right")) - 1
         return Place(epoch, int(shards[rank]), offset - int(starts[rank]))
 
+    def window_of(self, position: int) -> int:
+        """Number of the window that a position lies in, counted over all epochs."""
+        epoch, offset = divmod(position, self.samples)
+        _, starts = self._epochs[epoch]
+        number = int(np.searchsorted(starts[:: self.window], offset, side="right")) - 1
+        return epoch * self._windows + number
+
+    def shards_of(self, window: int) -> list[int]:
+        """The shards that a window shuffles together."""
+        epoch, number = divmod(window, self._windows)
+        shards, _ = self._epochs[epoch]
+        return shards[number * self.window : (number + 1) * self.window].tolist()
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of this epoch, and int64[shards + 1] positions where they start."""
         shards = permutation(len(self.counts), *self.key, "shards", epoch)
@@ -131,7 +144,7 @@ class Stream:
     ) -> None:
         self.name = source.name
         self.max_bad = max_bad
-        self.shards = ShardSet(source.shards, keep=min(2 * source.window, 256))
+        self.shards = ShardSet(source.shards, min(2 * source.window, 256), source.remote)
         self.order = Order(self.shards.counts, source.window, seed, self.shards.manifest)
         self._read = reader(source.kind, source.options)
         self._p_next, self._seed, self._augment = source.p_next, seed, source.augment
@@ -140,6 +153,7 @@ class Stream:
         self._side = None if source.augment else image_side
         self._has_features = None if source.augment else has_features
         self._warned: set[str] = set()
+        self._window = -1  # the one that was fetched ahead last
 
     @property
     def manifest(self) -> str:
@@ -157,6 +171,9 @@ class Stream:
             ShardError: a shard changed since it was indexed.
         """
         skipped: list[Skipped] = []
+        if self.shards.far and (window := self.order.window_of(position)) != self._window:
+            self._window = window
+            self.shards.prefetch(self.order.shards_of(window), self.order.shards_of(window + 1))
         for attempt in range(self.max_bad):
             place = self.order.locate(position, attempt)
             key = f"{self.name}/{self.shards.names[place.shard]}/{self.shards.key(place.shard, place.sample)}"

@@ -9,10 +9,12 @@ import tarfile
 import pytest
 import webdataset
 
-from flamingo.data import shards
+from flamingo.data import index
 from flamingo.data.errors import ShardError
+from flamingo.data.index import build_index
 from flamingo.data.kinds._members import example_png as png
-from flamingo.data.shards import ShardSet, build_index, expand
+from flamingo.data.places import expand
+from flamingo.data.shards import ShardSet
 
 
 @pytest.fixture
@@ -107,8 +109,8 @@ def test_links_are_errors_and_folders_are_not(tmp_path):
 
 def test_the_index_is_built_once_and_again_when_the_shard_changes(shard, write_tar, monkeypatch, pair):
     built = []
-    real = shards.build_index
-    monkeypatch.setattr(shards, "build_index", lambda path: built.append(path) or real(path))
+    real = index.build_index
+    monkeypatch.setattr(index, "build_index", lambda path: built.append(path) or real(path))
     first = everything(ShardSet(str(shard)))
     assert everything(ShardSet(str(shard))) == first
     assert len(built) == 1
@@ -123,12 +125,12 @@ def test_the_index_is_built_once_and_again_when_the_shard_changes(shard, write_t
 
 def test_a_read_only_folder_leaves_the_index_in_the_cache(shard, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = shards._store
-    monkeypatch.setattr(shards, "_store", lambda p, d: p.parent != shard.parent and real(p, d))
+    real = index.store
+    monkeypatch.setattr(index, "store", lambda p, d: p.parent != shard.parent and real(p, d))
     ShardSet(str(shard))
     assert not list(shard.parent.glob("*.jsonl"))
     assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 1
-    monkeypatch.setattr(shards, "build_index", None)  # is not called
+    monkeypatch.setattr(index, "build_index", None)  # is not called
     assert len(everything(ShardSet(str(shard)))) == 6
 
 
@@ -169,8 +171,8 @@ def test_ranges_lists_and_globs_name_shards_in_order(write_tar, tmp_path, pair):
         ("x-{000..002}.tar", r"x-000\.tar, which is not there"),
         ("x-{0..2.tar", "x-"),
         (".", r"folder .*\./\*\.tar"),
-        ("pipe:cat x.tar", "only local"),
-        ("s3://bucket/x.tar", "only local"),
+        ("pipe:cat x.tar", "shards are local files, or begin with https"),
+        ("s3://bucket/x.tar", "not a local file: this needs shards on disk"),
     ],
 )
 def test_a_wrong_list_of_shards_says_what_to_change(patterns, message, tmp_path, monkeypatch):
