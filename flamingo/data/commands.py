@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Make training data.", no_args_is_help=True)
+from flamingo.data.tools import commands as tools
 
-
-@app.callback()
-def _group() -> None:
-    """Make training data."""  # a group, so that `easy-vqa` stays a subcommand while it is alone
+app = typer.Typer(help="Make, check and look at training data.", no_args_is_help=True)
+app.add_typer(tools.convert, name="convert")
+for name, command in tools.COMMANDS.items():
+    app.command(name)(command)
 
 
 @app.command("easy-vqa")
@@ -49,19 +49,14 @@ def easy_vqa(
             out, turns=turns, per_shard=samples_per_shard, seed=seed, balance=balance or None, track=_track
         )
     except ValueError as error:
-        _stop(str(error))
+        tools.stop(str(error))
     except OSError as error:
-        _stop(f"cannot write {out}: {error.strerror or error}")
+        tools.stop(f"cannot write {out}: {error.strerror or error}")
     counts = card.counts
     typer.echo(
         f"{out}: {counts['pairs']} caption pairs, {counts['documents'] + counts['negations']} documents "
         f"({counts['questions']} questions) in {len(card.files)} shards; {card.licence}"
     )
-
-
-def _stop(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
 
 
 def _track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
