@@ -98,7 +98,7 @@ class FlamingoGeneration(GenerationMixin):
         # Without the LM's config all layers keep all tokens, also those with a sliding window: a
         # row whose query is short has its last tokens of the prefix computed again.
         cache = DynamicCache()
-        model(input_ids=input_ids, media=media, logits_to_keep=1, use_cache=True, past_key_values=cache)
+        model(input_ids=input_ids, media=media, logits_to_keep=1, use_cache=True, cache=cache)
         layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, SightLayer)]
         return Prefix(input_ids, media, tuple((layer.keys, layer.values) for layer in layers))
 
@@ -123,7 +123,7 @@ class FlamingoGeneration(GenerationMixin):
         whole = torch.cat((prefix.input_ids.expand(rows, -1), input_ids), dim=1).gather(1, source)
         kwargs["attention_mask"] = torch.cat((mask.new_ones(rows, length), mask), dim=1).gather(1, source)
         cached = min(length, whole.shape[1] - 1)  # generation begins with at least one token
-        kwargs["past_key_values"] = prefix.cache(padding, cached, self._copies(kwargs))
+        kwargs["cache"] = prefix.cache(padding, cached, self._copies(kwargs))
         attend_to = model.config.attend_to
         seen, since = sight(whole, model.config.image_token_id, attend_to)
         media, numbers = self._shared(prefix, input_ids, media)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import ModelOutput
 
 from flamingo import vision
@@ -36,7 +37,7 @@ class FlamingoOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: Any = None
     attentions: Any = None
 
@@ -214,6 +215,8 @@ class FlamingoForConditionalGeneration(
 
     # -- forward -------------------------------------------------------------------------
 
+    # transformers 5.24 renamed it; passed on under its old name, the images in it would be lost.
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -229,7 +232,7 @@ class FlamingoForConditionalGeneration(
         labels: Tensor | None = None,
         reduction: str = "mean",
         logits_to_keep: int = 0,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs,
     ) -> FlamingoOutput:
         """One pass over B rows of T tokens.
@@ -243,7 +246,7 @@ class FlamingoForConditionalGeneration(
         of each token where rows are packed (instead of attention_mask and position_ids; see
         `packs`); labels: int64[B, T], -100 where nothing is predicted, shifted inside; reduction:
         "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without labels, logits of
-        so many last positions only (0: of all), as in transformers; past_key_values: the LM's cache,
+        so many last positions only (0: of all), as in transformers; cache: the LM's cache,
         which holds the images too: new tokens see those before them.
         Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
         """
@@ -253,7 +256,7 @@ class FlamingoForConditionalGeneration(
             media = self.media(pixel_values=pixel_values, frames=frames)
         if seen is None:
             seen, since = self.sight(input_ids, media, segment_ids, look_ahead)
-            held = SightLayer.of(past_key_values)
+            held = SightLayer.of(cache)
             if held is not None:
                 media, seen, since = held.then(media, seen, since)
         keep = targets = None
@@ -271,19 +274,19 @@ class FlamingoForConditionalGeneration(
             kwargs["use_cache"] = False
         if position_ids is not None and self._takes_positions:
             kwargs["position_ids"] = position_ids
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
+        if cache is not None:
+            kwargs["cache"] = cache
         conditioning = Conditioning(Runs.of(seen, since), media, keep)
         with self._decoder.conditioned(conditioning):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        SightLayer.keep(out.past_key_values, media, seen, since)
+        SightLayer.keep(out.cache, media, seen, since)
         loss, logits = None, out.logits
         if targets is not None and keep is not None:
             assert reduction in ("mean", "sum", "none"), reduction
             loss = F.cross_entropy(logits[0].float(), targets[keep], reduction=reduction)
         elif keep is not None:
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
-        return FlamingoOutput(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return FlamingoOutput(loss=loss, logits=logits, cache=out.cache)
 
     @torch.no_grad()
     def packs(self) -> bool:

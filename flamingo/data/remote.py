@@ -193,7 +193,7 @@ class WebStore:
             return Info(int(total), _tag(answer.headers))
 
     def blocks(self, address: str, start: int, info: Info) -> Iterator[bytes]:
-        import requests
+        from urllib3.exceptions import HTTPError
 
         headers = {"Range": f"bytes={start}-"} if start else {}
         with self._ask("GET", address, headers) as answer:
@@ -201,11 +201,12 @@ class WebStore:
                 raise Gone("the file was replaced while it was read")
             skip = start if answer.status_code == 200 else 0  # a server that ignores Range
             try:
-                for block in answer.iter_content(BLOCK):
+                # As it arrives: what was still waiting to fill a block would be lost in a break.
+                while block := answer.raw.read1(BLOCK):
                     if skip < len(block):
                         yield block[skip:] if skip else block
                     skip = max(0, skip - len(block))
-            except requests.RequestException as error:
+            except (HTTPError, OSError) as error:
                 raise Passing(f"{type(error).__name__}: {error}") from error
 
     def _ask(self, method: str, address: str, headers: Mapping[str, str]) -> Any:
