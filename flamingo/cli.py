@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +9,8 @@ import typer
 
 from flamingo.checkpoints.commands import app as convert_app
 from flamingo.data.commands import app as data_app
+from flamingo.data.tools import commands as tools
+from flamingo.data.tools.commands import plain_errors
 
 app = typer.Typer(
     help="Flamingo: a frozen language model that sees. Make data, train, evaluate, ask.",
@@ -27,16 +27,6 @@ Processes = Annotated[
         min=1, help="Processes side by side. Default: one per GPU; on a CPU, two.", show_default=False
     ),
 ]
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """The user's mistakes in one line, exit status 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -57,9 +47,13 @@ def backbones(
 def features(
     shards: Annotated[list[str], typer.Argument(help="Tars, globs or ranges, e.g. 'pairs-{000..009}.tar'.")],
     model: Annotated[Path, typer.Option(help="Model folder whose encoder is used (flamingo create).")],
-    out: Annotated[Path, typer.Option(help="Folder for the features; must not be there yet.")],
-    kind: Annotated[str, typer.Option(help="Kind of the shards.")] = "pairs",
-    options: Annotated[str, typer.Option(help="Options of the kind, e.g. '{frames: 4}'.")] = "{}",
+    out: Annotated[Path, typer.Option(help="Folder for the features; to go on, the same again.")],
+    kind: tools.Kind = "pairs",
+    options: tools.KindOptions = "{}",
+    executor: tools.Where = "local",
+    workers: tools.Workers = None,
+    address: tools.Address = None,
+    part: tools.Part = None,
 ) -> None:
     """Run the frozen encoder once over all pictures and keep its patch grids as shards.
 
@@ -67,18 +61,17 @@ def features(
     and encoding these pictures. It pays when every picture is seen more often
     than once or twice, or by several runs, and there is room for the grids.
     """
-    import yaml
-
-    from flamingo.data.commands import _track
-    from flamingo.runtime import quiet_libraries, tune_cpu
+    from flamingo.runtime import quiet_libraries
 
     quiet_libraries()
     from flamingo.features import write_features
 
     with plain_errors():
-        tune_cpu()
-        counts = write_features(model, shards, kind, yaml.safe_load(options) or {}, out, _track)
-        typer.echo(f"{out}: {counts['pictures']} pictures; {counts['bad_samples']} bad samples left out")
+        run_on = tools.executor_of(executor, workers, address, part)
+        outcome = write_features(model, shards, kind, tools.options_of(options), out, run_on)
+        pictures, bad = (sum(t[n] for t in outcome.results.values()) for n in ("samples", "bad_samples"))
+        typer.echo(f"{out}: {pictures} pictures in {len(outcome.results)} shards; {bad} bad samples left out")
+        tools.failed(outcome.failures)
 
 
 @app.command()

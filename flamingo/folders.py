@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
+from flamingo import vision
+from flamingo.config import FlamingoConfig, FlamingoVisionConfig
 from flamingo.factory import create
 from flamingo.modeling import FlamingoForConditionalGeneration
 
@@ -22,6 +26,28 @@ def load_model(folder: Path) -> FlamingoForConditionalGeneration:
     check_model(folder)
     model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
     return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
+
+
+def load_encoder(folder: Path) -> tuple[nn.Module, FlamingoVisionConfig]:
+    """The frozen vision encoder of a model folder alone, on the CPU, and its config.
+
+    Nothing else is read. Raises ValueError as `check_model`, or where its weights are not there.
+    """
+    from safetensors import safe_open
+
+    check_model(folder)
+    config: Any = FlamingoConfig.from_pretrained(folder).vision_config
+    encoder = vision.build(config)
+    prefix, found = "vision_encoder.", {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no dict
+            found |= {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    if missing := sorted(set(encoder.state_dict()) - set(found)):
+        raise ValueError(f"{folder} lacks {len(missing)} weights of its encoder, as {missing[0]}")
+    encoder.to(next(tensor.dtype for tensor in found.values() if tensor.is_floating_point()))
+    encoder.load_state_dict(found)
+    return encoder, config
 
 
 def assemble(out: Path, vision: str, language: str, fields: list[str], dtype: str) -> str:

@@ -93,7 +93,10 @@ def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool) ->
     )
     model.to(engine.device()).train()  # type: ignore[arg-type]
     attend_plainly(model.language_model)
-    stored = FeatureShards(recipe.features, fingerprint(model)) if recipe.features else None
+    stored = None
+    if recipe.features:
+        encoder = fingerprint(model.vision_encoder, model.config.vision_config)  # type: ignore[arg-type]
+        stored = FeatureShards(recipe.features, encoder)
     cache = FeatureCache(model, recipe.feature_cache_gb, stored=stored)
     dataset = open_data(recipe, model, processor, cache, rank, world)
     weights = {source.name: source.weight for source in recipe.sources}

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from flamingo.data.tools.executors import Executor
+from flamingo.features import write_features
+
 
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -27,6 +30,12 @@ def test_training_from_stored_features_equals_training_from_pixels(world: Path, 
             "--model", tmp_path / "model", "--out", folder / out,
         )  # fmt: skip
         assert done.returncode == 0 and "0 bad samples" in done.stdout, done.stdout + done.stderr
+    pairs, model = [str(shards / "pairs-*.tar")], tmp_path / "model"
+    for part in ("2/2", "1/2"):  # a job array; the command above ran local processes
+        assert not (folder / "parts" / "features.json").exists()
+        write_features(model, pairs, "pairs", {}, folder / "parts", Executor(workers=1, part=part))
+    for path in (folder / "a").glob("[a-z]*.*"):
+        assert (folder / "parts" / path.name).read_bytes() == path.read_bytes()
     exact = (
         "model.frozen_dtype=float32",
         "autocast=float32",

@@ -93,7 +93,7 @@ def pack(
             )
         _make(
             inputs, out, layout, name, samples_per_shard, megabytes_per_shard, licence,
-            _executor(executor, workers, address, part),
+            executor_of(executor, workers, address, part),
         )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def convert_mmc4(
 
     with plain_errors():
         layout = Mmc4Layout(str(images) if images else None)
-        run = _executor(executor, workers, address, part)
+        run = executor_of(executor, workers, address, part)
         _make(inputs, out, layout, name, samples_per_shard, megabytes_per_shard, "ODC-BY", run)
 
 
@@ -154,7 +154,7 @@ def convert_obelics(
 
     with plain_errors():
         layout = ObelicsLayout(str(images) if images else None)
-        run = _executor(executor, workers, address, part)
+        run = executor_of(executor, workers, address, part)
         _make(inputs, out, layout, name, samples_per_shard, megabytes_per_shard, "CC-BY-4.0", run)
 
 
@@ -173,10 +173,10 @@ def index(
     from flamingo.data.tools.indexing import index as run
 
     with plain_errors():
-        outcome = run(shards, _executor(executor, workers, address, part))
+        outcome = run(shards, executor_of(executor, workers, address, part))
         samples = sum(outcome.results.values())
         typer.echo(f"{len(outcome.results)} shards with {samples} samples are indexed")
-        _failed(outcome.failures)
+        failed(outcome.failures)
 
 
 def verify(
@@ -200,9 +200,9 @@ def verify(
     from flamingo.data.tools.verify import verify as run
 
     with plain_errors():
-        run_on = _executor(executor, workers, address, part)
+        run_on = executor_of(executor, workers, address, part)
         found = run(
-            shards, kind, _options(options), repair=repair, max_sample_mb=max_sample_mb, executor=run_on
+            shards, kind, options_of(options), repair=repair, max_sample_mb=max_sample_mb, executor=run_on
         )
         if report:
             report.write_text(json.dumps({"faults": found.counts(), "shards": found.shards}, indent=1) + "\n")
@@ -217,7 +217,7 @@ def verify(
         typer.echo(f"{len(found.shards)} shards, {good} good samples{depth}; faults: {counted or 'none'}")
         if repair:
             typer.echo(f"{repair}: clean copies, {good} samples")
-        _failed(found.outcome.failures)
+        failed(found.outcome.failures)
         if found.faults:
             raise typer.Exit(1)
 
@@ -241,7 +241,7 @@ def stats(
 
     with plain_errors():
         found, outcome = run(
-            shards, kind, _options(options), tokenizer, _executor(executor, workers, address, part)
+            shards, kind, options_of(options), tokenizer, executor_of(executor, workers, address, part)
         )
         places = write(found, out)
         typer.echo(
@@ -249,7 +249,7 @@ def stats(
             f"{found['clips']} clips, {found['length']} {found['unit']}"
         )
         typer.echo("\n".join(map(str, places)))
-        _failed(outcome.failures)
+        failed(outcome.failures)
 
 
 def show(
@@ -276,7 +276,7 @@ def show(
 
     with plain_errors():
         source = SourceConfig.model_validate(
-            {"name": "shards", "kind": kind, "options": _options(options), "shards": shards, "batch": 1,
+            {"name": "shards", "kind": kind, "options": options_of(options), "shards": shards, "batch": 1,
              "max_tokens": max_tokens, "crop": crop, "p_next": p_next}
         )  # fmt: skip
         tokens = run(source, out, documents=documents, seed=seed, tokenizer=tokenizer, side=side)
@@ -297,13 +297,13 @@ def stop(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _executor(name: str, workers: int | None, address: str | None, part: str | None) -> Executor:
+def executor_of(name: str, workers: int | None, address: str | None, part: str | None) -> Executor:
     from flamingo.data.tools.executors import Executor
 
     return Executor(name, workers, address, part)
 
 
-def _options(text: str) -> dict[str, Any]:
+def options_of(text: str) -> dict[str, Any]:
     import yaml
 
     try:
@@ -340,7 +340,7 @@ def _make(
         licence=licence,
     )
     _say(made, out, name, layout)
-    _failed(made.outcome.failures)
+    failed(made.outcome.failures)
 
 
 def _say(made: Made, out: Path, name: str, layout: Layout) -> None:
@@ -357,7 +357,7 @@ def _say(made: Made, out: Path, name: str, layout: Layout) -> None:
         typer.echo(f"in a recipe:  kind: {layout.kind}, shards: {pattern}")
 
 
-def _failed(failures: dict[str, str]) -> None:
+def failed(failures: dict[str, str]) -> None:
     for shard, error in failures.items():
         typer.echo(f"error: {shard}: {error}", err=True)
     if failures:

@@ -74,14 +74,15 @@ class Executor:
             raise ValueError(f"--part must be i/n with i from 1 to n, as in 3/8, not {self.part!r}")
         return slice(int(match[1]) - 1, None, int(match[2]))
 
-    def run(self, tasks: Sequence[Task], what: str) -> Outcome:
+    def run(self, tasks: Sequence[Task], what: str, gpus: int = 0) -> Outcome:
         """Run the tasks of this part. A task that fails is noted, and the others go on.
 
-        what: of what the progress tells, e.g. "packing".
+        what: of what the progress tells, e.g. "packing"; gpus: that Ray gives to a task, where the
+        cluster has any.
         """
         chosen = tasks[self.slice()]
         if self.name == "ray":
-            done = _on_ray(chosen, self.address)
+            done = _on_ray(chosen, self.address, gpus)
         else:
             done = _locally(chosen, min(self.workers or os.cpu_count() or 1, len(chosen)))
         results: dict[str, Any] = {}
@@ -141,7 +142,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _on_ray(tasks: Sequence[Task], address: str | None) -> Iterator[Result]:
+def _on_ray(tasks: Sequence[Task], address: str | None, gpus: int) -> Iterator[Result]:
     try:
         import ray
         import ray.exceptions
@@ -151,8 +152,10 @@ def _on_ray(tasks: Sequence[Task], address: str | None) -> Iterator[Result]:
     if ours:
         ray.init(address=address, log_to_driver=False)
     try:
-        call = ray.remote(num_cpus=1, max_retries=2)(_attempt)
-        most = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # queued: enough to keep all busy
+        held = ray.cluster_resources()
+        gpus = gpus if held.get("GPU") else 0
+        call = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_attempt)
+        most = 4 * max(1, int(held.get("CPU", 1)))  # queued: enough to keep all busy
         left, running = list(reversed(tasks)), {}
         while left or running:
             while left and len(running) < most:
