@@ -69,6 +69,19 @@ def write_pairs(folder: Path, count: int, per_shard: int, picture: Callable[[int
     return str(folder / "*.tar")
 
 
+def write_documents(folder: Path, count: int, per_shard: int) -> str:
+    """Four pictures, each followed by words: more than fits into a row of 8 tokens."""
+    items = [item for i in range(4) for item in ({"image": f"{i}.jpg"}, {"text": "word word"})]
+    text = json.dumps({"items": items}).encode()
+    samples = (
+        (f"{n:06d}", {"json": text, **{f"{i}.jpg": jpeg(16, 4 * n + i) for i in range(4)}})
+        for n in range(count)
+    )
+    folder.mkdir()
+    write_tars(folder, "documents", samples, per_shard)
+    return str(folder / "*.tar")
+
+
 # -- order ---------------------------------------------------------------------------------
 
 
@@ -87,24 +100,38 @@ def _digests(feeds, steps: range, ranks: int, parts: int, workers: int) -> list[
             for batch in (batch for batches in by_rank for batch in batches[feed.name]):
                 ahead = [False] * len(batch.keys) if batch.look_ahead is None else batch.look_ahead.tolist()
                 lengths = batch.attention_mask.sum(1).tolist()
+                pictures = iter(batch.pixel_values)
                 for row, length in enumerate(lengths):
                     digest.update(repr((batch.keys[row], ahead[row])).encode())
                     digest.update(batch.input_ids[row, :length].numpy().tobytes())
                     digest.update(batch.labels[row, :length].numpy().tobytes())
-                digest.update(batch.pixel_values.numpy().tobytes())
+                    for _ in range(int((batch.input_ids[row, :length] == 1).sum())):
+                        digest.update(next(pictures).numpy().tobytes())
         found.append(digest.hexdigest())
     return found
 
 
 def order(folder: Path) -> dict:
-    """Ranks x workers x micro-batches x cut points, two sources, augmented, cropped and p_next."""
-    shards = write_pairs(folder / "order", 300, 40, lambda n: jpeg(16, n))
-    fields = {"kind": "pairs", "shards": shards, "window": 3}
+    """Ranks x workers x micro-batches x cut points: pairs, and documents that are cropped,
+    augmented and see the next image half of the time."""
     augment = Augment(crop_scale=(0.3, 1.0), flip=0.5)
+    fields = {"window": 3, "batch": 48, "max_tokens": 8}
     sources = [
-        SourceConfig(name="a", batch=48, max_tokens=8, **fields),
         SourceConfig(
-            name="b", batch=96, max_tokens=2, crop="random", augment=augment, p_next=0.5, weight=0.3, **fields
+            name="a",
+            kind="pairs",
+            shards=write_pairs(folder / "order", 150, 20, lambda n: jpeg(16, n)),
+            **fields,
+        ),
+        SourceConfig(
+            name="b",
+            kind="interleaved",
+            shards=write_documents(folder / "documents", 200, 30),
+            crop="random",
+            augment=augment,
+            p_next=0.5,
+            weight=0.3,
+            **fields,
         ),
     ]
     feeds = open_feeds(
