@@ -15,7 +15,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from flamingo.data.config import SourceConfig
 
-IDENTITY = ("seed", "steps", "model", "sources", "optimizer", "autocast")
+# What must not change when a run goes on. ZeRO stage, ranks and accumulation may.
+IDENTITY = ("seed", "steps", "model", "sources", "optimizer", "autocast", "lora", "unfreeze", "z_loss")
+
+# Parameter groups with learning rates of their own; `optim.group_of` says what is in them.
+Group = Literal[
+    "gates", "gated_blocks", "resampler", "embeddings", "lora", "language_model", "vision_encoder"
+]
 
 
 def _number_as_text(value: Any) -> Any:
@@ -43,12 +49,37 @@ class OptimizerConfig(Section):
     """AdamW with warm-up. Weight decay acts on matrices of the gated blocks only (paper, B.1.2)."""
 
     lr: float = Field(1e-4, gt=0)
+    lr_factors: dict[Group, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="own factors of lr, e.g. {gates: 10, resampler: 0.5}"
+    )
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     warmup_steps: int = Field(100, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_lr: float = Field(0.0, ge=0, le=1, description="share of lr that a cosine ends at")
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = Field(
+        "constant", description="wsd: warm-up, stable, then linear decay over the last steps"
+    )
+    decay_share: float = Field(0.1, gt=0, le=1, description="share of the steps in which wsd decays")
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of lr that cosine, linear and wsd end at")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient, once per step")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters in the frozen LM (Hu et al. 2021), by PEFT."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of the LM's layers, as PEFT has them"
+    )
+
+
+class Unfreeze(Section):
+    """A part that is trained as well, from a step on."""
+
+    part: Literal["language_model", "vision_encoder", "embeddings"]
+    start: int = Field(0, ge=0, description="the first step that trains it")
 
 
 class Recipe(Section):
@@ -66,10 +97,26 @@ class Recipe(Section):
     pack_tokens: int = Field(
         0, ge=0, description="documents share rows of at most so many tokens; 0: one document a row"
     )
-    autocast: Literal["bfloat16", "float32"] = Field(
+    autocast: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="arithmetic of the trained part; its weights are always float32"
     )
-    zero_stage: Literal[0, 1] = 0
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="what ranks share out: 1 optimizer, 2 and gradients, 3 and all weights"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="kept in the CPU's memory: the optimizer's state (ZeRO 1 to 3), or weights too (3)",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute the layers' activations in the backward pass instead of keeping them"
+    )
+    compile: bool = Field(False, description="torch.compile the decoder layers, blocks and resampler")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="added to DeepSpeed's configuration as it stands"
+    )
+    lora: LoraConfig | None = None
+    unfreeze: list[Unfreeze] = Field(default_factory=list)
+    z_loss: float = Field(0.0, ge=0, description="weight of the mean squared log of the softmax's sum")
     workers: int = Field(0, ge=0, description="processes per rank that read and decode ahead")
     max_bad_samples: int = Field(
         1000, ge=0, description="different bad samples that are replaced before the run stops"
@@ -81,8 +128,31 @@ class Recipe(Section):
         default_factory=list, description="folders of grids that `flamingo data features` made"
     )
     log_every: int = Field(1, ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=lambda: ["tensorboard"], description="beside metrics.jsonl, which is always written"
+    )
     blank_every: int = Field(20, ge=0, description="steps between losses with blank images; 0: never")
+    profile_steps: list[int] = Field(
+        default_factory=list, description="steps whose profiler traces are kept in RUN/profile"
+    )
     checkpoint_every: int = Field(500, ge=0, description="0: only at the end")
+    checkpoint_keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    checkpoint_background: bool = Field(
+        False, description="write while training goes on; costs memory for a copy of what is written"
+    )
+    max_skipped_steps: int = Field(
+        10, ge=0, description="steps in a row without a finite gradient before the run stops"
+    )
+    wall_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="write a checkpoint and end with status 75 after so long, before a queue kills",
+    )
+    watchdog_seconds: float = Field(
+        1800.0,
+        ge=0,
+        description="a step that takes longer: the ranks that hang are named, the run ends; 0: never",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
