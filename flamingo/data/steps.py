@@ -9,6 +9,9 @@ read ahead.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -73,6 +76,16 @@ def open_feeds(
     ]
 
 
+def part_of_step(step: int, batch: int, part: int, parts: int) -> range:
+    """Positions in a source of one micro-batch: part `rank * accumulation + number` of a step.
+
+    step: counted from the one at which the source joined. batch: a multiple of parts.
+    """
+    size = batch // parts
+    start = step * batch + part * size
+    return range(start, start + size)
+
+
 class StepDataset(Dataset[StepBatches]):
     """dataset[step] -> {source name: micro-batches of this rank}, for the sources that have joined.
 
@@ -121,9 +134,8 @@ class StepDataset(Dataset[StepBatches]):
         return {feed.name: [self._part(feed, step, part) for part in parts] for feed in joined}
 
     def _part(self, feed: Feed, step: int, part: int) -> Batch:
-        size = feed.batch // (self.ranks * self.accumulation)
-        start = (step - feed.start) * feed.batch + (self.rank * self.accumulation + part) * size
-        positions = range(start, start + size)
+        number, parts = self.rank * self.accumulation + part, self.ranks * self.accumulation
+        positions = part_of_step(step - feed.start, feed.batch, number, parts)
         read = [feed.stream.read(position) for position in positions]
         batch = feed.collator([document for document, _ in read], self.skip_pixels)
         ahead = torch.tensor([feed.stream.looks_ahead(position) for position in positions])
@@ -144,8 +156,27 @@ def step_loader(dataset: StepDataset, start: int, stop: int, workers: int = 0) -
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: the trainer's random numbers stay as they are
+        worker_init_fn=_outlive_signals,
     )
     return iter(loader)
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a worker: a SIGTERM or SIGUSR1 to the whole job does not end it, one from its rank does.
+
+    The rank finishes its step and writes a checkpoint, for which it needs its workers.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+
+    def listen() -> None:
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _unchanged(batches: Any) -> Any:

@@ -1,0 +1,140 @@
+"""Every launcher's environment gives the same answer; what contradicts itself is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from flamingo.train.group import Member, announce, check_device, hosts, member, restarted
+
+TORCHRUN = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "16",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "gpu[003-004,7]",
+}
+
+
+def without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def test_torchrun_and_deepspeed_say_it_themselves():
+    assert member(TORCHRUN) == Member(5, 1, 8, "node1", 29500, "torchrun")
+    deepspeed = {**without(TORCHRUN, "TORCHELASTIC_RUN_ID", "LOCAL_RANK"), "CROSS_RANK": "1"}
+    assert member(deepspeed, local_rank=1) == Member(5, 1, 8, "node1", 29500, "deepspeed")
+
+
+def test_under_srun_it_follows_from_the_variables_of_the_step():
+    found = member(SRUN)
+    assert found == Member(9, 1, 16, "gpu003", found.master_port, "srun")
+    assert 12000 <= found.master_port < 32000
+    part = {**SRUN, "SLURM_STEP_NODELIST": "gpu[004,7]", "SLURM_STEP_NUM_TASKS": "10"}
+    assert member(part).master_addr == "gpu004" and member(part).world == 10
+    chosen = {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}
+    assert member(chosen)[3:5] == ("10.0.0.1", 4000)
+
+
+def test_all_tasks_of_a_step_meet_at_one_port_and_two_steps_do_not():
+    ports = {member({**SRUN, "SLURM_PROCID": str(task)}).master_port for task in range(16)}
+    assert len(ports) == 1
+    assert member({**SRUN, "SLURM_STEP_ID": "1"}).master_port not in ports
+    assert member({**SRUN, "SLURM_JOB_ID": "123457"}).master_port not in ports
+
+
+def test_the_launcher_that_is_nearest_counts_when_torchrun_runs_under_srun():
+    assert member({**SRUN, **TORCHRUN}) == member(TORCHRUN)
+    assert member({**SRUN, **TORCHRUN, "WORLD_SIZE": "16"}).rank == 5  # elastic ranks are its own
+
+
+def test_without_a_launcher_a_process_is_alone():
+    assert member({}) == Member(0, 0, 1, "127.0.0.1", 0, "alone")
+    assert member({}, local_rank=0).world == 1
+    assert member({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}).world == 1  # salloc's shell
+
+
+@pytest.mark.parametrize(
+    ("environ", "local_rank", "words"),
+    [
+        (without(TORCHRUN, "WORLD_SIZE"), None, "WORLD_SIZE is not set"),
+        (without(TORCHRUN, "RANK"), None, "RANK is not set"),
+        (without(TORCHRUN, "LOCAL_RANK"), None, "without LOCAL_RANK"),
+        (without(TORCHRUN, "MASTER_ADDR", "MASTER_PORT"), None, "without MASTER_ADDR and MASTER_PORT"),
+        ({**TORCHRUN, "RANK": "8"}, None, "rank 8 of 8"),
+        ({**TORCHRUN, "RANK": "five"}, None, "RANK='five' is not a number"),
+        ({**TORCHRUN, "RANK": "-1"}, None, "RANK='-1'"),
+        (TORCHRUN, 2, "--local_rank=2 contradicts LOCAL_RANK=1"),
+        ({}, 1, "--local_rank=1, but RANK"),
+        (without(SRUN, "SLURM_STEP_ID"), None, "not started by srun"),
+        ({**SRUN, "SLURM_PROCID": "16"}, None, "rank 16 of 16"),
+        ({**SRUN, "SLURM_JOB_NODELIST": "gpu[3-"}, None, "list of nodes"),
+        ({**SRUN, "MASTER_PORT": "http"}, None, "MASTER_PORT='http'"),
+        (
+            {**SRUN, **without(TORCHRUN, "TORCHELASTIC_RUN_ID"), "WORLD_SIZE": "16"},
+            None,
+            "RANK=5 contradicts SLURM_PROCID=9",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(environ, local_rank, words):
+    with pytest.raises(ValueError) as error:
+        member(environ, local_rank)
+    assert words in str(error.value)
+
+
+def test_a_gpu_that_is_not_there_is_named_with_the_settings_to_change():
+    check_device(member(TORCHRUN), gpus=2)
+    with pytest.raises(ValueError, match=r"local rank 1 has no GPU: this process sees 1 \(from torchrun\)"):
+        check_device(member(TORCHRUN), gpus=1)
+    with pytest.raises(ValueError, match="--gpus-per-node"):
+        check_device(member(SRUN), gpus=1)
+
+
+def test_it_is_announced_to_torch_distributed():
+    environ: dict[str, str] = {}
+    announce(member(SRUN), environ)
+    again = member({**SRUN, **environ})  # what the process's own children will read
+    assert again[:5] == member(SRUN)[:5]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}, True),
+    ],
+)
+def test_a_restart_is_told_by_torchrun_or_slurm(environ, expected):
+    assert restarted(environ) is expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("login1", ["login1"]),
+        ("node[003-005,7]", ["node003", "node004", "node005", "node7"]),
+        ("a,b[1-2],c-3", ["a", "b1", "b2", "c-3"]),
+        ("rack[0-1]n[8-9]", ["rack0n8", "rack0n9", "rack1n8", "rack1n9"]),
+        ("n[098-101].site", ["n098.site", "n099.site", "n100.site", "n101.site"]),
+    ],
+)
+def test_a_list_of_nodes_is_written_out(nodes, expected):
+    assert hosts(nodes) == expected
+
+
+@pytest.mark.parametrize("nodes", ["", "node[3-1]", "node[a-b]", "node[1-2", "node[]"])
+def test_what_is_no_list_of_nodes_is_refused(nodes):
+    with pytest.raises(ValueError):
+        hosts(nodes)
