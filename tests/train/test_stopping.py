@@ -109,7 +109,7 @@ def test_the_loaders_processes_outlive_a_signal_to_the_whole_job_and_end_with_th
     assert isinstance(worker, int) and worker != os.getpid()
     command = "import os, signal, sys; [os.kill(int(sys.argv[1]), s) for s in (15, signal.SIGUSR1, 15)]"
     subprocess.run([sys.executable, "-c", command, str(worker)], check=True)  # not its rank
-    assert set(steps) == {worker}
+    assert [step for step in steps if step != worker] == []
     again = step_loader(Pids(), 0, 40, workers=1)  # type: ignore[arg-type]
     os.kill(next(again), signal.SIGTERM)  # type: ignore[arg-type] # its rank gives the loader up
     (process,) = again._workers  # type: ignore[attr-defined]
