@@ -1,0 +1,122 @@
+"""What is measured at a step, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from flamingo.data.packing import packed, padded
+from flamingo.train import gauges
+
+
+def test_gates_are_reported_as_they_act(model):
+    model.gated_blocks[0].attn_gate.data.fill_(0.0)
+    model.gated_blocks[1].attn_gate.data.fill_(-0.3)
+    values = gauges.gates(model.gated_blocks)
+    tanh = torch.tensor([-0.3, 0.7]).tanh().tolist()
+    assert values["gate_attention"] == pytest.approx([0.0, tanh[0]], abs=1e-4)
+    assert values["gate_feed_forward"] == pytest.approx([tanh[1]] * 2, abs=1e-4)
+
+
+def test_gates_that_lie_on_another_rank_are_left_out():
+    block = nn.Module()
+    block.attn_gate = nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves what it shares out
+    block.ff_gate = nn.Parameter(torch.zeros(1))
+    assert gauges.gates(nn.ModuleList([block])) == {}
+
+
+def test_gradient_norms_are_those_of_each_group():
+    torch.manual_seed(0)
+    gates = [torch.randn(1), None, torch.randn(1)]
+    blocks = [torch.randn(4, 8), torch.randn(8), torch.empty(0)]
+    found = gauges.gradient_norms({"gates": gates, "gated_blocks": blocks, "lora": []})
+    whole = {
+        "gates": torch.cat([g for g in gates if g is not None]).norm().item(),
+        "gated_blocks": torch.cat([g.flatten() for g in blocks]).norm().item(),
+        "lora": 0.0,
+    }
+    assert found == pytest.approx(whole, abs=1e-6)
+    assert gauges.gradient_norms({}) == {}
+
+
+def test_gradient_norms_of_shares_add_up_over_ranks():
+    torch.manual_seed(0)
+    whole = torch.randn(100)
+    shares = [whole[:37], whole[37:], torch.empty(0)]  # of three ranks
+    device = torch.device("cpu")
+    squares = torch.stack([gauges.squared_norms({"resampler": [s]}, device) for s in shares]).sum(0)
+    assert gauges.norms(["resampler"], squares)["resampler"] == pytest.approx(whole.norm().item(), abs=1e-5)
+
+
+def test_gradients_in_half_precision_do_not_overflow():
+    large = torch.full((10_000,), 200.0, dtype=torch.float16)  # squares end at 65504 in float16
+    found = gauges.gradient_norms({"resampler": [large]})
+    assert found["resampler"] == pytest.approx(20_000.0)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_its_group_only():
+    found = gauges.gradient_norms({"a": [torch.tensor([math.nan])], "b": [torch.tensor([3.0, 4.0])]})
+    assert math.isnan(found["a"]) and found["b"] == 5.0
+
+
+def test_padding_is_what_no_token_fills(make_batch):
+    batches = [make_batch([6, 2], images=[1, 0])]
+    tokens = int(batches[0].attention_mask.sum())
+    assert tokens == 8 + 3
+    shares = []
+    for passes in (padded(batches), packed(batches, 16, image_token_id=21)):
+        record = {"tokens": tokens, "places": gauges.places(passes)}
+        shares.append(gauges.derived(record)["padding_share"])
+    assert shares == pytest.approx([1 - 11 / 16, 0.0], abs=1e-4)  # two rows of eight; one of eleven
+
+
+def test_rates_and_shares_of_a_step():
+    record = {"seconds": 2.0, "data_seconds": 0.5, "samples": 64, "tokens": 800, "images": 96, "places": 1000}
+    assert gauges.derived(record, flops=6e12, peak=10e12) == {
+        "samples_per_second": 32.0,
+        "tokens_per_second": 400.0,
+        "images_per_second": 48.0,
+        "data_share": 0.25,
+        "flops_per_second": 3e12,
+        "peak_share": 0.3,
+        "padding_share": 0.2,
+    }
+
+
+@pytest.mark.parametrize("missing", ["peak", "flops", "places", "data_seconds", "seconds"])
+def test_what_was_not_measured_is_left_out(missing):
+    record = {"seconds": 2.0, "data_seconds": 0.5, "samples": 4, "tokens": 8, "images": 1, "places": 10}
+    given = {"flops": 6e12, "peak": 1e13}
+    (record if missing in record else given).pop(missing)
+    gone = {
+        "peak": {"peak_share"},
+        "flops": {"peak_share", "flops_per_second"},
+        "places": {"padding_share"},
+        "data_seconds": {"data_share"},
+    }
+    gone["seconds"] = {*gone["flops"], *gone["data_seconds"]}
+    gone["seconds"] |= {f"{name}_per_second" for name in gauges.COUNTS}
+    whole = gauges.derived(
+        {"seconds": 2.0, "data_seconds": 0.5, "samples": 4, "tokens": 8, "images": 1, "places": 10},
+        flops=6e12,
+        peak=1e13,
+    )
+    assert set(whole) - set(gauges.derived(record, **given)) == gone[missing]
+
+
+def test_memory_of_a_process_is_its_peak_in_gigabytes():
+    before = gauges.memory_gb(torch.device("cpu"))
+    held = torch.ones(60_000_000)  # 0.24 GB
+    during = gauges.memory_gb(torch.device("cpu"))
+    assert 0.05 < before <= during < 100
+    assert during >= held.numel() * 4 / 1e9
+    del held
+    assert gauges.memory_gb(torch.device("cpu")) >= during  # a peak does not fall
+
+
+def test_memory_of_a_gpu_is_what_was_allocated_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_900)
+    assert gauges.memory_gb(torch.device("cuda", 0)) == 12.346

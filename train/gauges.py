@@ -1,0 +1,113 @@
+"""What is measured at a step: plain functions of tensors and of the step's record.
+
+Each costs one copy from the device at most. `gates` and `squared_norms` look at the model,
+`derived` works out rates and shares from what the loop has counted.
+B, T: rows and places of a forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flamingo.data.packing import Rows
+
+COUNTS = ("samples", "tokens", "images")
+
+
+def gates(blocks: nn.ModuleList) -> dict[str, list[float]]:
+    """tanh of the gates of every block, the lowest block first: 0 is shut.
+
+    Empty where a gate is not on this rank (ZeRO-3 without its small weights kept).
+    """
+    both = [getattr(block, name).detach() for name in ("attn_gate", "ff_gate") for block in blocks]
+    if not both or not all(gate.numel() == 1 for gate in both):
+        return {}
+    values = torch.stack([gate.float().reshape(()) for gate in both]).tanh().tolist()
+    values = [round(value, 5) for value in values]
+    return {"gate_attention": values[: len(blocks)], "gate_feed_forward": values[len(blocks) :]}
+
+
+def squared_norms(groups: Mapping[str, Iterable[Tensor | None]], device: torch.device) -> Tensor:
+    """Sum of squares of each group's gradients: float32[groups], in their order, on `device`.
+
+    Where ranks hold parts of the gradients (ZeRO-2 and 3), the sum of this over the ranks is
+    that of the whole. None and empty tensors count nothing. Nothing is copied from the device.
+    """
+    tensors, owner = [], []
+    for number, gradients in enumerate(groups.values()):
+        kept = [gradient.detach() for gradient in gradients if gradient is not None and gradient.numel()]
+        tensors += kept
+        owner += [number] * len(kept)
+    sums = torch.zeros(len(groups), device=device)
+    if tensors:
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+        squares = torch.stack([norm.to(device) for norm in norms]).square()
+        sums.index_add_(0, torch.tensor(owner, device=device), squares)
+    return sums
+
+
+def norms(names: Iterable[str], squares: Tensor, digits: int = 6) -> dict[str, float]:
+    """Norm of each group, of `squared_norms` in the order of `names`: one copy from the device."""
+    roots = squares.sqrt().tolist()
+    return {name: round(root, digits) for name, root in zip(names, roots, strict=True)}
+
+
+def gradient_norms(groups: Mapping[str, Iterable[Tensor | None]]) -> dict[str, float]:
+    """Norm of each group's gradients, where they are whole on this rank; groups without any: 0."""
+    held = {name: [g for g in gradients if g is not None] for name, gradients in groups.items()}
+    device = next((g.device for part in held.values() for g in part), torch.device("cpu"))
+    return norms(held, squared_norms(held, device))
+
+
+def places(passes: Sequence[Rows]) -> int:
+    """B x T of all rows of a micro-batch: with the tokens in them, it gives the padding's share."""
+    return sum(rows.input_ids.numel() for rows in passes)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory that was in use, in 1e9 bytes: allocated on the GPU, or resident in RAM.
+
+    Since the process began, of this process alone (processes that load data are not in it).
+    """
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def derived(
+    record: Mapping[str, Any], *, flops: float | None = None, peak: float | None = None
+) -> dict[str, float]:
+    """Rates and shares of one step, to be added to its record.
+
+    Args:
+        record: `seconds` of the whole step with the wait for data, `data_seconds` of that wait;
+            `samples`, `tokens`, `images` and `places` over all ranks, each where it is counted.
+        flops: what the model has to compute in this step, over all ranks.
+        peak: FLOP/s that all ranks' devices together reach in matrix products, as measured.
+
+    Returns `samples_per_second` and so on; `data_share` and `padding_share` in 0..1;
+    `flops_per_second`, and `peak_share` of the peak. What cannot be told is left out.
+    """
+    seconds = record.get("seconds") or 0.0
+    out: dict[str, float] = {}
+    if seconds > 0:
+        for name in COUNTS:
+            if name in record:
+                out[f"{name}_per_second"] = round(record[name] / seconds, 3)
+        if "data_seconds" in record:
+            out["data_share"] = round(min(1.0, record["data_seconds"] / seconds), 4)
+        if flops is not None:
+            out["flops_per_second"] = float(f"{flops / seconds:.5g}")
+            if peak and math.isfinite(peak):
+                out["peak_share"] = round(flops / seconds / peak, 4)
+    if record.get("places") and "tokens" in record:
+        out["padding_share"] = round(1.0 - record["tokens"] / record["places"], 4)
+    return out
