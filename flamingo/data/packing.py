@@ -98,11 +98,11 @@ class _Piece:
 def packed(batches: Sequence[Batch | None], row_tokens: int, image_token_id: int) -> list[Rows]:
     """All documents in one forward pass of rows of at most `row_tokens` tokens.
 
-    batches: as for `padded`. First fit, longest first: the order of documents within a step does
-    not change its result. Raises ValueError for a document longer than a row.
+    batches: as for `padded`. First fit, longest first, in rows of about one length: the order of
+    documents within a step does not change its result. Raises ValueError for a document longer than a row.
     """
     joined = [(number, batch) for number, batch in enumerate(batches) if batch is not None]
-    rows = _first_fit(_pieces(joined, image_token_id), row_tokens)
+    rows = _level(_pieces(joined, image_token_id), row_tokens)
     order = [image for row in rows for piece in row for image in piece.images]
     keys = [key for _, batch in joined for key in batch.image_keys]
     frames = [count for row in rows for piece in row for count in piece.frames]
@@ -158,6 +158,21 @@ def _pieces(batches: list[tuple[int, Batch]], image_token_id: int) -> list[_Piec
             pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images, mine, ahead))
             first += sum(mine)
     return pieces
+
+
+def _level(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
+    """As few rows as first fit needs, and of those the shortest: all are as long as the longest."""
+    rows = _first_fit(pieces, row_tokens)
+    lengths = [len(piece.ids) for piece in pieces]
+    low, high = max(max(lengths), -(-sum(lengths) // len(rows))), row_tokens
+    while low < high:
+        middle = (low + high) // 2
+        found = _first_fit(pieces, middle)
+        if len(found) <= len(rows):
+            rows, high = found, middle
+        else:
+            low = middle + 1
+    return rows
 
 
 def _first_fit(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:

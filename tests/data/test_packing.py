@@ -61,6 +61,12 @@ def test_one_long_row_has_no_padding():
     assert rows.input_ids.shape == (1, 14) and (rows.segment_ids >= 0).all()
 
 
+def test_rows_are_level_so_that_few_are_filled_up():
+    many = batch("Iabcd", "Iabcd", "Iabcd", "Iabcd", "Ia", "Ia")  # 24 tokens
+    (rows,) = packed([many], 18, IMAGE)
+    assert rows.input_ids.shape == (2, 12) and (rows.segment_ids >= 0).all()
+
+
 def test_padding_is_a_segment_of_its_own_without_loss():
     (rows,) = packed([CAPTIONS, TURNS], 8, IMAGE)
     padding = rows.segment_ids < 0
