@@ -47,7 +47,7 @@ def squared_norms(groups: Mapping[str, Iterable[Tensor | None]], device: torch.d
         owner += [number] * len(kept)
     sums = torch.zeros(len(groups), device=device)
     if tensors:
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)  # type: ignore[attr-defined]
         squares = torch.stack([norm.to(device) for norm in norms]).square()
         sums.index_add_(0, torch.tensor(owner, device=device), squares)
     return sums

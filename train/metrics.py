@@ -1,36 +1,39 @@
-"""What a run writes down and what a person sees of it: JSONL, TensorBoard, the terminal."""
+"""What a run writes down: one line of JSON a step, which trackers and the person get too."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from tqdm import tqdm
+from flamingo.train.gauges import gates  # noqa: F401 - where the loop has it from
+from flamingo.train.live import view
+from flamingo.train.trackers import Trackers
+
+FILE = "metrics.jsonl"
 
 
-def gates(blocks: nn.ModuleList) -> dict[str, list[float]]:
-    """tanh of the gates of every block: 0 is shut."""
-    return {
-        "gate_attention": [round(b.attn_gate.detach().tanh().item(), 5) for b in blocks],  # type: ignore
-        "gate_feed_forward": [round(b.ff_gate.detach().tanh().item(), 5) for b in blocks],  # type: ignore
-    }
-
-
-def flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of a nested record as TensorBoard tags: loss/captions, gate_attention/3."""
+def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a nested record as tags of trackers: loss/captions, gate_attention/3."""
     for key, value in record.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from flat(value, f"{name}/")
         elif isinstance(value, list):
             yield from flat({str(i): v for i, v in enumerate(value)}, f"{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, float(value)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what is not finite: JSON has no such numbers, trackers no use for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str) -> int | None:
@@ -47,46 +50,53 @@ class Metrics:
     A resumed run goes on in the same files: records of steps that are done again are dropped.
     """
 
-    def __init__(self, run: Path, steps: int, start: int, writes: bool):
-        self.writes, self.steps, self.start = writes, steps, start
-        self.began = time.monotonic()
+    def __init__(
+        self,
+        run: Path,
+        steps: int,
+        start: int,
+        writes: bool,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ):
+        """trackers, settings: their names, and the recipe as they shall keep it."""
+        self.writes = writes
         if not writes:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = run / "metrics.jsonl"
+        path = run / FILE
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if (_step(line) or start + 1) <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        part = path.with_suffix(".part")  # a run that is killed here must not lose its past
+        part.write_text("".join(f"{line}\n" for line in kept))
+        part.replace(path)
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
+        said: list[str] = []
+        self.trackers = Trackers(trackers, run, start, settings or {}, said.append)
+        # The view begins last, so that what the trackers print of themselves stays above it.
+        self.view = view(run.name, steps, start)
+        self.trackers.warn = self.view.say
+        for text in said:
+            self.view.say(text)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """One step's record; record["step"] counts from 1."""
         if not self.writes:
             return
-        step = record["step"]
-        self.file.write(json.dumps(record) + "\n")
-        for tag, value in flat(record):
-            if tag != "step":
-                self.board.add_scalar(tag, value, step)
-        losses = " ".join(f"{name} {value:.3f}" for name, value in record["loss"].items())
-        self.bar.set_postfix_str(f"loss {losses}", refresh=False)
-        self.bar.update(step - self.bar.n)
-        every = max(1, self.steps // 10)
-        if self.bar.disable and (step % every == 0 or step == self.steps):
-            done, left = step - self.start, self.steps - step
-            minutes = (time.monotonic() - self.began) / done * left / 60
-            print(f"step {step}/{self.steps}  loss {losses}  about {minutes:.0f} min left", flush=True)
+        record = finite(record)
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        scalars = {tag: value for tag, value in flat(record) if tag != "step"}
+        self.trackers.write(scalars, record["step"])
+        self.view.update(record)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if self.writes:
-            self.bar.write(text)
+            self.view.say(text)
 
     def close(self) -> None:
+        """The view ends first: what trackers print of themselves comes below it."""
         if self.writes:
-            self.bar.close()
+            self.view.close()
             self.file.close()
-            self.board.close()
+            self.trackers.warn = print
+            self.trackers.close()

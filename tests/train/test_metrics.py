@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
-import torch
 
-from flamingo.train.metrics import Metrics, flat, gates
+from flamingo.train.metrics import Metrics, flat
+from flamingo.train.trackers import TensorBoard
 
 
 def record(step: int, loss: float = 1.0) -> dict:
@@ -79,10 +80,46 @@ def test_nested_numbers_become_tags():
     assert dict(flat(nested)) == {"loss/a": 1, "loss/b/c": 2.5, "gate/0": 0.0, "gate/1": 0.5}
 
 
-def test_gates_are_reported_as_they_act(model):
-    model.gated_blocks[0].attn_gate.data.fill_(0.0)
-    model.gated_blocks[1].attn_gate.data.fill_(-0.3)
-    values = gates(model.gated_blocks)
-    tanh = torch.tensor([-0.3, 0.7]).tanh().tolist()
-    assert values["gate_attention"] == pytest.approx([0.0, tanh[0]], abs=1e-4)
-    assert values["gate_feed_forward"] == pytest.approx([tanh[1]] * 2, abs=1e-4)
+def test_what_is_not_finite_is_null_in_the_file_and_no_point_in_trackers(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    metrics = Metrics(tmp_path, steps=9, start=0, writes=True)
+    metrics.write(
+        {"step": 1, "loss": {"captions": math.nan}, "grad_norm": math.inf, "gates": [0.5, math.nan]}
+    )
+    metrics.write(record(2))
+    metrics.close()
+    first, second = lines(tmp_path)
+    assert first == {"step": 1, "loss": {"captions": None}, "grad_norm": None, "gates": [0.5, None]}
+    assert second == record(2)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss/captions")] == [2]
+    assert "grad_norm" not in events.Tags()["scalars"]
+
+
+def test_trackers_are_those_that_were_chosen(tmp_path):
+    metrics = Metrics(tmp_path, steps=9, start=0, writes=True, trackers=[])
+    metrics.write(record(1))
+    metrics.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_tracker_that_fails_ends_nothing(tmp_path, capsys, monkeypatch):
+    def fail(self, scalars, step):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(TensorBoard, "write", fail)
+    write(tmp_path, 0, [1, 2, 3])
+    assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().out.count("tracker tensorboard failed (OSError: no space left)") == 1
+
+
+def test_a_run_that_is_killed_while_it_resumes_keeps_its_past(tmp_path, monkeypatch):
+    write(tmp_path, 0, [1, 2, 3])
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tmp_path), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Metrics(tmp_path, steps=9, start=2, writes=True)
+    assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3]
