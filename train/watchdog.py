@@ -139,6 +139,8 @@ class Watchdog:
                 self._say({self.rank: self._state()})
             if self.rank == 0:  # the store may live here: let the others read
                 time.sleep(min(2.0, self._interval))
+        except Exception as error:  # a full disk, say: it must end all the same
+            print(f"error: watchdog of rank {self.rank}: {error!r}", file=sys.stderr)
         finally:
             sys.stderr.flush()
             os._exit(STATUS)
@@ -163,9 +165,7 @@ class Watchdog:
         ]
         lines += [f"  hangs: {line}" for line in described(behind)]
         lines += [f"  waits: {line}" for line in described(others)]
-        lines += (
-            [f"  unknown: rank{'s' * (len(silent) > 1)} {short(silent)}, never heard of"] if silent else []
-        )
+        lines += [f"  never heard of: {short(unknown)}"] if unknown else []
         lines.append(f"  stacks: {self.run}/watchdog-rank*.txt")
         print("error: watchdog: " + "\n".join(lines), file=sys.stderr, flush=True)
 
