@@ -8,13 +8,23 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flamingo.data.cache import ShardCache
 from flamingo.data.errors import ShardError
 from flamingo.data.index import ShardIndex, build_index, parse_index, read_index, spell, store
-from flamingo.data.remote import Info, ObjectStore, Remote, info_of, patiently, read_small, store_of
+from flamingo.data.remote import (
+    Background,
+    Info,
+    ObjectStore,
+    Remote,
+    info_of,
+    patiently,
+    read_small,
+    store_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +55,7 @@ class Far:
     def __init__(self, addresses: Sequence[str], remote: Remote) -> None:
         self.remote, self.cache = remote, ShardCache(remote)
         self._cards: dict[str, dict[str, Any]] = {}
-        self._background: tuple[int, ThreadPoolExecutor] | None = None
+        self._background: tuple[int, Background] | None = None
         infos = _at_once(lambda address: info_of(address, remote), addresses)
         self.infos: dict[str, Info] = dict(zip(addresses, infos, strict=True))
         unknown = [address for address in addresses if self._held(address) is None]
@@ -82,10 +92,10 @@ class Far:
         What fails here is tried again, and told, when it is needed.
         """
         if self._background is None or self._background[0] != os.getpid():  # threads do not survive a fork
-            self._background = (os.getpid(), ThreadPoolExecutor(self.remote.threads, "prefetch"))
+            self._background = (os.getpid(), Background(self.remote.threads))
         spare = frozenset(self.cache.entry(a, self.infos[a]) for a in (*now, *soon))
         for address in (*now, *soon):
-            self._background[1].submit(self._quietly, address, spare)
+            self._background[1].submit(partial(self._quietly, address, spare))
 
     def _quietly(self, address: str, spare: frozenset[Path]) -> None:
         try:

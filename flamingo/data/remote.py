@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import queue
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
@@ -64,6 +66,33 @@ class Page(Passing):
     """A web page where a file should be: a proxy's, or a login's."""
 
 
+class Background:
+    """Calls that a few threads run. Unlike those of ThreadPoolExecutor they do not keep a process
+    alive that wants to end: what they fetch is only of use to it."""
+
+    def __init__(self, threads: int) -> None:
+        self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]
+        self._calls, self._threads, self._started = queue.SimpleQueue(), threads, 0
+
+    def submit(self, call: Callable[[], V]) -> concurrent.futures.Future[V]:
+        future: concurrent.futures.Future[V] = concurrent.futures.Future()
+        self._calls.put((future, call))
+        if self._started < self._threads:
+            self._started += 1
+            threading.Thread(target=self._work, daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, call  # a waiting thread should not hold the last result
+
+
 class Store(Protocol):
     def info(self, address: str) -> Info: ...
 
@@ -105,7 +134,7 @@ def fetch(address: str, info: Info, file: BinaryIO, remote: Remote) -> None:
         ShardError: `attempts` tries in a row brought no byte, or it is not what `info` says.
         OSError: the file cannot be written.
     """
-    position, tries, reason = 0, 0, ""
+    position, tries, reason = 0, 0, ""  # tries: in a row, without a byte
     while position < info.size:
         before = position
         try:
@@ -122,10 +151,10 @@ def fetch(address: str, info: Info, file: BinaryIO, remote: Remote) -> None:
         except Passing as error:
             reason = str(error)
         if position < info.size:
-            tries = 1 if position > before else tries + 1
+            tries = 0 if position > before else tries + 1
             if tries >= remote.attempts:
                 raise ShardError(address, f"gave up after {tries} tries: {reason}", offset=position)
-            _pause(tries, remote)
+            _pause(max(1, tries), remote)
 
 
 def read_small(address: str, remote: Remote, largest: int) -> bytes | None:
@@ -262,7 +291,7 @@ class ObjectStore:
 
         self.remote = remote
         # A stalled request keeps its thread; another one goes on with the next try.
-        self.pool = concurrent.futures.ThreadPoolExecutor(4 * remote.threads)
+        self.pool = Background(4 * remote.threads)
         try:
             self.system = fsspec.filesystem(scheme, **_options(scheme, remote))
         except ImportError as error:

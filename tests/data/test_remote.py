@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -89,6 +90,15 @@ def test_a_broken_transfer_goes_on_where_it_broke(fault, server, quick):
     assert again == f"bytes={len(server.files['/data/s-1.tar']) // 2}-"
 
 
+def test_only_tries_without_a_byte_count(server, source, quick):
+    two = quick.model_copy(update={"attempts": 2})
+    server.faults["/data/s-1.tar"] = ["cut", "500"]  # one try with bytes, one without
+    assert contents(far_away(server, two)) == contents(ShardSet(source.shards))
+    server.faults["/data/s-1.tar"] = ["cut", "500", "500"]
+    with pytest.raises(ShardError, match=r"byte [1-9]\d*: gave up after 2 tries: status 500"):
+        far_away(server, two.model_copy(update={"cache_dir": f"{two.cache_dir}2"}))
+
+
 @pytest.mark.parametrize("quirk", ["no HEAD", "no Range"])
 def test_a_server_of_few_skills_is_enough(quirk, server, source, quick):
     server.quirks.add(quirk)
@@ -126,6 +136,14 @@ def test_a_shard_replaced_while_it_is_fetched_is_an_error(server, quick):
     server.files[path] = bytes(len(server.files[path]))
     with pytest.raises(ShardError, match="replaced while it was read"), open(os.devnull, "wb") as sink:
         remote.fetch(server.address + path, info, sink, quick)
+
+
+def test_a_store_that_sends_more_than_it_announced_is_an_error(server, quick, tmp_path):
+    address = f"{server.address}/data/s-1.tar"
+    info = info_of(address, quick)
+    with pytest.raises(ShardError, match="more than the"), open(tmp_path / "sink", "wb") as sink:
+        remote.fetch(address, info._replace(size=info.size - 1), sink, quick)
+    assert (tmp_path / "sink").stat().st_size < info.size
 
 
 def test_redirects_are_followed_to_allowed_addresses_only(server, source, quick):
@@ -285,3 +303,15 @@ def test_fetching_ahead_brings_the_next_window(server, source, quick, tmp_path):
     else:
         pytest.fail("the next window was not fetched")
     assert sum(len(server.gets(f"/data/s-{number}.tar")) for number in range(5)) == 4
+
+
+def test_a_process_that_ends_does_not_wait_for_what_it_fetches_ahead(server, source, tmp_path):
+    server.files["/data/s-1.tar.index.jsonl"] = spell(build_index(tmp_path / "s-1.tar"))
+    server.faults["/data/s-1.tar"] = ["stall*"]
+    code = (
+        "import sys; from flamingo.data.far import Far; from flamingo.data.remote import Remote\n"
+        f"remote = Remote(cache_dir={str(tmp_path / 'cache')!r}, attempts=10**6, backoff=0)\n"
+        "Far(sys.argv[1:], remote).prefetch([], sys.argv[1:])"
+    )
+    address = f"{server.address}/data/s-1.tar"
+    assert subprocess.run([sys.executable, "-c", code, address], timeout=60).returncode == 0
