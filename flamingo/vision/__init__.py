@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -32,9 +35,22 @@ def source(name: str) -> ModuleType:
     raise ValueError(f"vision source {name!r}: choose one of {', '.join(sources())}")
 
 
+_DEVICE: ContextVar[str] = ContextVar("device that encoders are built on", default="cpu")
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within this `with`, encoders are built on the meta device: for plans, without memory."""
+    token = _DEVICE.set("meta")
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
+
+
 def build(config: FlamingoVisionConfig):
     """The encoder of a config with random weights, frozen."""
     # Also while transformers builds on the meta device: encoders keep tables that no checkpoint has.
-    with torch.device("cpu"):
+    with torch.device(_DEVICE.get()):
         encoder = source(config.source).build(config)
     return encoder.eval().requires_grad_(False)

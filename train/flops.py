@@ -1,0 +1,233 @@
+"""Model FLOPs of a training step, and the peak that they are compared with.
+
+A multiplication and an addition are two. Counted are matrix products, convolutions and attention,
+as torch's FlopCounterMode does; norms, activations and softmax are left out. Nothing is counted
+twice: a layer that is recomputed in the backward pass is a cost of the way, not of the model.
+T tokens, N images, P grid places, L latents, W widths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
+
+from flamingo import vision
+from flamingo.config import FlamingoConfig
+from flamingo.decoder import find_decoder_layers
+from flamingo.modeling import FlamingoForConditionalGeneration
+
+MEASURE_SECONDS = 0.4
+LARGEST = 8192  # side of the largest matrices that are multiplied to find the peak
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of training on one unit of each kind that a step holds; they add up.
+
+    token: a token in the LM and the blocks; target: its logits; pair: two tokens of one document
+    that the LM's attention compares; look: a token and an image that it sees; image: one in the
+    resampler, or one clip; place: a place of its grid; picture: one in the encoder.
+    again: what of `token`, `pair` and `look` is done once more where activations are recomputed.
+    """
+
+    token: float
+    target: float
+    pair: float
+    look: float
+    image: float
+    place: float
+    picture: float
+    again: tuple[float, float, float]
+
+
+def step_flops(
+    model: FlamingoForConditionalGeneration | FlamingoConfig,
+    *,
+    tokens: float,
+    targets: float,
+    images: float,
+    pairs: float = 0.0,
+    looks: float | None = None,
+    places: float | None = None,
+    pictures: float | None = None,
+    recomputed: bool = False,
+) -> float:
+    """FLOPs of forward and backward over what a step holds; nothing of the optimizer.
+
+    Frozen layers count twice (there and the gradient of what went in), or once where no gradient
+    is needed; trained ones three times; logits of targets only.
+
+    tokens, targets: without padding; images: <image> tokens; pairs: sum of the squared lengths of
+    the documents (0 leaves the LM's attention out); looks: pairs of a token and an image that it
+    sees (None: every token sees one); places: grid places of all images (None: one picture each);
+    pictures: those that the encoder encodes, without cached ones (None: one per image); recomputed:
+    with what activation checkpointing does again. A config is a model with all that is frozen
+    frozen.
+    """
+    costs = _of_config(model.to_json_string()) if isinstance(model, FlamingoConfig) else costs_of(model)
+    config: Any = model if isinstance(model, FlamingoConfig) else model.config
+    rows, columns = config.vision_config.grid
+    looks = tokens if looks is None else looks
+    pictures = images if pictures is None else pictures
+    if places is None:
+        places = images * rows * columns
+    total = costs.token * tokens + costs.target * targets + costs.pair * pairs + costs.look * looks
+    total += costs.image * images + costs.picture * pictures + costs.place * places
+    if recomputed:
+        total += sum(c * n for c, n in zip(costs.again, (tokens, pairs, looks), strict=True))
+    return float(total)
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[bool, ...], Costs]]
+_KNOWN = weakref.WeakKeyDictionary()
+
+
+def costs_of(model: FlamingoForConditionalGeneration) -> Costs:
+    """The costs of a model as it is trained now; kept until something else is frozen."""
+    trained = tuple(parameter.requires_grad for parameter in model.parameters())
+    held = _KNOWN.get(model)
+    if held is None or held[0] != trained:
+        _KNOWN[model] = held = (trained, _count(model))
+    return held[1]
+
+
+@lru_cache(maxsize=8)
+def _of_config(fields: str) -> Costs:
+    import json
+
+    with vision.shapes_only(), torch.device("meta"):
+        model = FlamingoForConditionalGeneration(FlamingoConfig(**json.loads(fields)))
+    return _count(model)
+
+
+def _count(model: FlamingoForConditionalGeneration) -> Costs:
+    config, text = model.config, model.config.get_text_config()
+    latents, inner = config.resampler_latents, config.cross_attention_heads * config.cross_attention_head_dim
+    heads = text.num_attention_heads
+    attended = 4.0 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    blocks: dict[int, Any] = dict(zip(config.block_positions, model.gated_blocks, strict=True))
+    flows = model.added_tokens.input.requires_grad or _trains(model.get_input_embeddings())
+    token = pair = look = image = 0.0
+    again = [0.0, 0.0, 0.0]
+    for index, layer in enumerate(find_decoder_layers(model.language_model)):
+        if block := blocks.get(index):
+            queries = _products(block.attn.to_q) + _products(block.attn.to_out) + 4.0 * latents * inner
+            fed = _products(block.ff)
+            look, token, flows = look + 3 * queries, token + 3 * fed, True
+            image += 3 * latents * _products(block.attn.to_kv)
+            again[0], again[2] = again[0] + fed, again[2] + queries
+        flows = flows or _trains(layer)
+        token += _counted(layer, flows, text)
+        pair += attended * (3 if flows else 1)
+        again[0], again[1] = again[0] + _products(layer, text), again[1] + attended
+    head = model.get_output_embeddings()
+    target = _counted(head, True, text) + 3 * 2.0 * model.added_tokens.output.numel()
+    place, per_image = _resampler(model)
+    picture = encoder_flops(model) * (3 if _trains(model.vision_encoder) else 1)
+    return Costs(token, target, pair, look, image + per_image, place, picture, (again[0], again[1], again[2]))
+
+
+def _resampler(model: FlamingoForConditionalGeneration) -> tuple[float, float]:
+    """FLOPs of the resampler in training: of a grid place, and of an image besides."""
+    resampler, config = model.resampler, model.config
+    latents = config.resampler_latents
+    inner = config.resampler_heads * config.resampler_head_dim
+    # The projection's input is the frozen encoder's, which wants no gradient.
+    place = _products(resampler.project) * (3 if _trains(model.vision_encoder) else 2)
+    image = 0.0
+    for attention, feed in resampler.layers:  # type: ignore[misc]
+        keys = _products(attention.to_kv) + 4.0 * latents * inner
+        place += 3 * keys
+        rest = _products(attention.to_q) + _products(attention.to_out) + _products(feed)
+        image += 3 * latents * (rest + keys)
+    return place, image
+
+
+@torch.no_grad()
+def encoder_flops(model: FlamingoForConditionalGeneration) -> float:
+    """FLOPs of the encoder on one picture, counted while it runs without data."""
+    encoder: nn.Module = model.vision_encoder  # type: ignore[assignment]
+    tensors = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    # ZeRO-3 keeps parameters in pieces, and their shapes beside them.
+    shapes = {
+        n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
+        for n, t in tensors.items()
+    }
+    vision_config: Any = model.config.vision_config
+    size, dtype = vision_config.image_size, next(encoder.parameters()).dtype
+    pixels = torch.empty(1, 3, size, size, dtype=dtype, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        functional_call(encoder, shapes, (pixels,))
+    return float(counter.get_total_flops())
+
+
+def _linears(module: nn.Module, text: Any = None) -> Iterator[tuple[float, bool]]:
+    """(FLOPs of one row, whether it is trained) of each matrix in a module; of experts, as many as a
+    token is sent to."""
+    share = _expert_share(text)
+    for name, part in module.named_modules():
+        expert = ".experts." in f".{name}."
+        factor = share if expert else 1.0
+        if isinstance(part, nn.Linear):
+            yield 2.0 * part.in_features * part.out_features * factor, part.weight.requires_grad
+        elif isinstance(part, Conv1D):  # GPT-2's
+            yield 2.0 * part.nx * part.nf * factor, part.weight.requires_grad
+        elif expert:  # all experts in one tensor [experts, in, out]
+            for parameter in part.parameters(recurse=False):
+                if parameter.ndim == 3:
+                    yield 2.0 * parameter.numel() * factor, parameter.requires_grad
+
+
+def _expert_share(text: Any) -> float:
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+    return getattr(text, "num_experts_per_tok", experts) / experts if experts else 1.0
+
+
+def _products(module: nn.Module, text: Any = None) -> float:
+    return sum(flops for flops, _ in _linears(module, text))
+
+
+def _counted(module: nn.Module, flows: bool, text: Any) -> float:
+    """Forward and backward: the gradient of what went in where it is wanted, of weights if trained."""
+    return sum(flops * (1 + flows + trained) for flops, trained in _linears(module, text))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+@lru_cache(maxsize=16)
+def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix multiplication on this device: the best that half a second finds."""
+    device = torch.device(device)
+    began, side, best = time.perf_counter(), 256, 0.0
+    while True:
+        a = torch.randn(side, side, device=device).to(dtype)
+        _timed(a)  # libraries load at their first call
+        seconds = min(_timed(a) for _ in range(3))  # another process may have had the cores
+        best = max(best, 2.0 * side**3 / seconds)
+        left = MEASURE_SECONDS - (time.perf_counter() - began)
+        if left <= 0:
+            return best
+        if side < LARGEST and 8 * 4 * seconds < left:
+            side *= 2
+
+
+def _timed(a: torch.Tensor) -> float:
+    """Seconds of a @ a."""
+    wait = torch.cuda.synchronize if a.is_cuda else lambda: None
+    wait()
+    began = time.perf_counter()
+    torch.mm(a, a)
+    wait()
+    return max(time.perf_counter() - began, 1e-9)
