@@ -80,7 +80,7 @@ def step_flops(
     looks = tokens if looks is None else looks
     pictures = images if pictures is None else pictures
     if places is None:
-        places = images * rows * columns
+        places = float(images * rows * columns)
     total = costs.token * tokens + costs.target * targets + costs.pair * pairs + costs.look * looks
     total += costs.image * images + costs.picture * pictures + costs.place * places
     if recomputed:
@@ -210,7 +210,7 @@ def _trains(module: nn.Module) -> bool:
 def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix multiplication on this device: the best that half a second finds."""
     device = torch.device(device)
-    began, side, best = time.perf_counter(), 256, 0.0
+    began, side, best = time.perf_counter(), 1024, 0.0
     while True:
         a = torch.randn(side, side, device=device).to(dtype)
         _timed(a)  # libraries load at their first call
