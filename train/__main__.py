@@ -29,16 +29,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     quiet_libraries()
-    if arguments.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     from flamingo.data.errors import TooManyBadSamples
+    from flamingo.train import group
     from flamingo.train.config import read_recipe
     from flamingo.train.session import SharedError, train
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0
     try:
+        found = group.member(os.environ, arguments.local_rank)
+        rank = found.rank
+        group.announce(found, os.environ)
         recipe = read_recipe(arguments.recipe, arguments.overrides)
-        train(recipe, arguments.resume, arguments.accept_changed_shards)
+        resume = arguments.resume or group.restarted(os.environ)
+        train(recipe, resume, arguments.accept_changed_shards)
     except (ValueError, OSError, TooManyBadSamples) as error:
         if rank == 0 or not isinstance(error, SharedError):
             print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)

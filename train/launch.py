@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+from types import FrameType
 
 from flamingo.runtime import cores, default_processes
 from flamingo.train.config import read_recipe
+
+ASK_SECONDS = 2.0
 
 
 def environment(ranks: int) -> dict[str, str]:
@@ -27,7 +32,9 @@ def launch(
     """Check the recipe here, where its errors are short, then run it. Returns the exit status."""
     read_recipe(recipe, overrides)
     ranks = ranks or default_processes()
+    check_processes(ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    command += ["--hostfile", os.devnull]  # this machine alone, whatever lies in /job/hostfile
     command += [
         "--quiet",
         "--master_port",
@@ -39,7 +46,59 @@ def launch(
     ]
     command += ["--resume"] if resume else []
     command += ["--accept-changed-shards"] if accept_changed_shards else []
-    return subprocess.run(command, env=environment(ranks)).returncode
+    return supervise(command, environment(ranks))
+
+
+def check_processes(ranks: int) -> None:
+    """Raises ValueError when there are GPUs, but not one for each process."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if gpus is not None and ranks > gpus:
+        raise ValueError(
+            f"--processes {ranks}, but this machine shows {gpus} GPU{'s' * (gpus != 1)}: each process "
+            "needs one. Give fewer, or see which CUDA_VISIBLE_DEVICES hides"
+        )
+
+
+def supervise(command: list[str], env: dict[str, str]) -> int:
+    """Run a launcher to its end; its exit status. SIGTERM, SIGUSR1, SIGHUP reach the ranks as SIGUSR1.
+
+    DeepSpeed's launcher dies of a SIGUSR1, leaves its ranks behind on a SIGTERM to its outer half,
+    and kills them 30 seconds after one to its inner. So it runs in a session of its own, deaf to
+    SIGUSR1, and whoever asks us to stop asks the ranks. They end when their step is saved.
+    """
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    heard = [signal.SIGTERM, signal.SIGUSR1]
+    heard += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup
+    handlers = {number: signal.getsignal(number) for number in heard}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what the launcher inherits
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    for number in heard:
+        signal.signal(number, ask)
+    try:
+        while True:
+            try:
+                status = process.wait(0.2 if not asked else ASK_SECONDS)
+                return status if status >= 0 else 128 - status  # as a shell has it
+            except subprocess.TimeoutExpired:
+                if asked:  # again and again: a rank that is just starting does not listen yet
+                    _signal_all(process, signal.SIGUSR1)
+            except KeyboardInterrupt:
+                _signal_all(process, signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _signal_all(process: subprocess.Popen, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def _free_port() -> int:
