@@ -48,7 +48,7 @@ class _Work:
 
 
 def fingerprint(encoder: nn.Module, config: FlamingoVisionConfig) -> dict[str, Any]:
-    """What tells the grids of this encoder from those of another: config, weights, dtype."""
+    """What tells the grids of this encoder from those of another: pixels, weights, dtype."""
     digest = hashlib.sha256()
     for name, weight in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -57,6 +57,8 @@ def fingerprint(encoder: nn.Module, config: FlamingoVisionConfig) -> dict[str, A
     return {
         "name": f"{config.source}:{config.name}",
         "image_size": config.image_size,
+        "mean": list(map(float, config.mean)),
+        "std": list(map(float, config.std)),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": digest.hexdigest()[:32],
     }
@@ -103,7 +105,7 @@ def _with_gpus(executor: Executor) -> Executor:
 
 def _write(work: _Work) -> dict[str, Any]:
     """The task: the grids of one shard, complete or absent."""
-    source, read = ShardSet([work.shard]), reader(work.kind, work.options)
+    source, read = ShardSet([work.shard], may_be_empty=True), reader(work.kind, work.options)
     encoder, transform = _opened(Path(work.model))
     seen: set[str] = set()
     bad = 0

@@ -61,6 +61,7 @@ class ShardSet:
         patterns: see `places.expand_all`.
         keep: how many shards stay open at most, each with its index in memory.
         remote: how shards that lie in a store are fetched.
+        may_be_empty: whether all of them may hold no sample, as one of many may.
 
     Raises:
         ValueError: no such shards, or none that holds a sample.
@@ -68,7 +69,11 @@ class ShardSet:
     """
 
     def __init__(
-        self, patterns: str | Path | Sequence[str | Path], keep: int = 32, remote: Remote | None = None
+        self,
+        patterns: str | Path | Sequence[str | Path],
+        keep: int = 32,
+        remote: Remote | None = None,
+        may_be_empty: bool = False,
     ) -> None:
         remote = remote or Remote()
         self.places = expand_all(patterns, remote.allow_http, lambda glob: listed(glob, remote))
@@ -81,7 +86,7 @@ class ShardSet:
         self.counts = np.array([count for count, _ in pairs], dtype=np.int64)
         self.digests = [digest for _, digest in pairs]
         self.manifest = sha256("\n".join(self.digests).encode())
-        if not self.counts.any():
+        if not may_be_empty and not self.counts.any():
             raise ValueError(f"`shards` ({patterns}) hold no sample: their tars are empty")
 
     def keys(self) -> Iterator[list[str]]:

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from flamingo import features
+from flamingo.config import FlamingoVisionConfig
 from flamingo.data.document import Image, content_key
 from flamingo.data.features import CARD, FeatureShards, members
 from flamingo.data.stream import Stream
@@ -57,3 +59,22 @@ def test_pictures_with_features_are_not_decoded(source, monkeypatch):
     changed = source.model_copy(update={"augment": Augment(flip=1.0)})
     assert first(Stream(changed, 1, has_features=lambda key: True)).image.size == (8, 8)
     assert ImageTransform(4, (0.5,) * 3, (0.5,) * 3)(known.image).shape == (3, 4, 4)
+
+
+def test_a_shard_without_samples_among_others_has_no_grids(write_tar, pair, transform, tmp_path, monkeypatch):
+    encoder = torch.nn.Sequential(torch.nn.Flatten(2), torch.nn.Linear(16, 2))
+    monkeypatch.setattr(features, "_opened", lambda folder: (encoder, transform))
+    counts = []
+    for name, samples in (("a.tar", {"0": pair(1)}), ("b.tar", {})):
+        work = features._Work("model", write_tar(name, samples), "pairs", {}, str(tmp_path), f"grids-{name}")
+        (tmp_path / ".cards").mkdir(exist_ok=True)
+        counts.append(features._write(work)["samples"])
+    assert counts == [1, 0]
+
+
+def test_an_encoder_that_sees_other_pixels_is_another_one():
+    encoder = torch.nn.Linear(2, 2)
+    told = [features.fingerprint(encoder, FlamingoVisionConfig(mean=(m,) * 3)) for m in (0.5, 0.4)]
+    assert told[0]["weights"] == told[1]["weights"]
+    assert told[0] != told[1]
+    assert json.loads(json.dumps(told[0])) == told[0]

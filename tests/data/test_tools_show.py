@@ -17,7 +17,7 @@ from flamingo.data.config import SourceConfig
 from flamingo.data.kinds._members import example_png as png
 from flamingo.data.tools.executors import Executor
 from flamingo.data.tools.show import _seen, show
-from flamingo.data.tools.stats import stats, write
+from flamingo.data.tools.stats import picture, stats, write
 from flamingo.media import sight
 
 
@@ -110,6 +110,24 @@ def test_stats_count_what_is_there(write_tar, tmp_path):
     report, picture = write(found, tmp_path / "out")
     assert json.loads(report.read_text())["samples"] == 5
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_shard_without_samples_among_others_counts_as_none(write_tar, tmp_path):
+    write_tar("a.tar", {"0": page({"image": "0.png"}, {"text": "ab"})})
+    write_tar("b.tar", {})
+    found, outcome = stats([str(tmp_path / "*.tar")], "interleaved", executor=Executor(workers=1))
+    assert not outcome.failures
+    assert (found["shards"], found["samples"]) == (2, 1)
+
+
+def test_the_picture_counts_images_in_whole_numbers(write_tar, tmp_path):
+    write_tar("a.tar", {f"{n}": page(*[{"image": "0.png"}] * n, {"text": "x"}) for n in (3, 4)})
+    found, _ = stats([str(tmp_path / "a.tar")], "interleaved", executor=Executor(workers=1))
+    drawn = picture(found)
+    drawn.canvas.draw()
+    axes = drawn.axes[list(found["histograms"]).index("images_per_document")]
+    assert len(axes.get_xticks()) > 1
+    assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 def test_stats_count_tokens_with_the_tokenizer_that_is_named(shard, tokenizer, tmp_path):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flamingo.data.document import Clip, Document, Image, Text, content_key
 from flamingo.data.errors import BadSample
@@ -19,6 +19,9 @@ from flamingo.data.places import expand
 from flamingo.data.shards import ShardSet
 from flamingo.data.tools.executors import Executor, Outcome, Task
 from flamingo.data.transforms import decoding_for
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIDE_STEP = 32  # pixels of a bar
 HISTOGRAMS = {
@@ -63,12 +66,20 @@ def stats(
 
 def write(found: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
     """stats.json and stats.png in the folder `out`; their paths. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ValueError("the picture needs matplotlib: pip install 'flamingo-vlm[eval]'") from None
+    figure = picture(found)
     out.mkdir(parents=True, exist_ok=True)
     (out / "stats.json").write_text(json.dumps(found, indent=1) + "\n")
+    figure.savefig(out / "stats.png", dpi=110)
+    return out / "stats.json", out / "stats.png"
+
+
+def picture(found: Mapping[str, Any]) -> Figure:
+    """The histograms. Raises ValueError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError:
+        raise ValueError("the picture needs matplotlib: pip install 'flamingo-vlm[eval]'") from None
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(2, 2).flat, HISTOGRAMS.items(), strict=True):
         bars = found["histograms"][name]
@@ -79,13 +90,14 @@ def write(found: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
                 axes.bar(values, weights)
             else:
                 axes.hist(values, bins=min(60, max(10, len(values))), weights=weights)
+        if name != "aspect":  # there is no document of 2.75 images
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel(label.format(**found))
         axes.set_ylabel("images" if name in ("shorter_side", "aspect") else "documents")
     figure.suptitle(
         f"{found['samples']:,} documents, {found['images']:,} images, {found['length']:,} {found['unit']}"
     )
-    figure.savefig(out / "stats.png", dpi=110)
-    return out / "stats.json", out / "stats.png"
+    return figure
 
 
 def _summary(counts: Mapping[Any, int]) -> dict[str, Any]:
@@ -112,7 +124,7 @@ def _summary(counts: Mapping[Any, int]) -> dict[str, Any]:
 def _count(work: Work) -> dict[str, Counter]:
     """The task: counts of one shard."""
     path, kind, options, tokenizer = work
-    shard, read = ShardSet(Path(path)), reader(kind, options)
+    shard, read = ShardSet(Path(path), may_be_empty=True), reader(kind, options)
     found = {name: Counter() for name in ("totals", "faults", *HISTOGRAMS)}
     found["totals"].update(samples=0, bad_samples=0, images=0, clips=0, length=0)
     for number in range(int(shard.counts[0])):
