@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
+import zlib
 
 import pytest
 
@@ -88,6 +90,17 @@ def test_what_is_wrong_with_an_mmc4_page_has_a_name(changed, options, fault):
     with pytest.raises(BadSample) as caught:
         reader("mmc4", options)(page(**changed), "k")
     assert caught.value.fault == fault
+
+
+def test_a_picture_whose_header_announces_too_many_pixels_is_told_as_that():
+    small = png()
+    head = b"IHDR" + struct.pack(">II", 30_000, 30_000) + small[24:29]
+    huge = small[:12] + head + struct.pack(">I", zlib.crc32(head)) + small[33:]
+    for kind, member in (("mmc4", "a.png"), ("obelics", "0.png"), ("pairs", "png")):
+        sample = {**load_kind(kind).example(), member: huge}
+        with pytest.raises(BadSample) as caught:
+            reader(kind, {})(sample, "k")
+        assert caught.value.fault == "too large image"
 
 
 def obelics(texts: list, images: list, **options):

@@ -38,6 +38,8 @@ def size(data: bytes) -> tuple[int, int]:
     try:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as header:
             return header.size
+    except PIL.Image.DecompressionBombError as error:
+        raise BadSample("too large image", str(error)) from error
     except Exception as error:  # decoders raise whatever they like on damaged bytes
         raise BadSample("damaged image", f"{len(data)} bytes: {error!r}") from error
 
