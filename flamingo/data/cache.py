@@ -40,7 +40,7 @@ class ShardCache:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
             probe = self.folder / "locks" / f"probe.{os.getpid()}"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another machine's process may have this number
         except OSError as error:
             raise ValueError(
                 f"the cache folder {self.folder} cannot be written ({error}): {ADVICE}"

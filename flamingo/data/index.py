@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import tarfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -190,7 +191,8 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def store(place: Path, data: bytes) -> bool:
-    temporary = place.with_name(f"{place.name}.{os.getpid()}")
+    # Not the process's number: another machine that writes here may have one with the same.
+    temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex[:12]}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

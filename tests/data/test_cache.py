@@ -6,11 +6,13 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from flamingo.data import cache
 from flamingo.data.cache import ShardCache
+from flamingo.data.index import store
 from flamingo.data.remote import Remote, info_of
 from tests.data.loopback import serving
 
@@ -88,6 +90,18 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot be written.*FLAMINGO_CACHE"):
         ShardCache(Remote(cache_dir=str(tmp_path / "file" / "below")))
+
+
+def test_processes_of_two_machines_with_the_same_number_do_no_harm(tmp_path, monkeypatch):
+    real = Path.touch
+    # The other one makes and removes the same file.
+    monkeypatch.setattr(Path, "touch", lambda path: (real(path), path.unlink()))
+    ShardCache(Remote(cache_dir=str(tmp_path / "c")))
+    written = []
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: written.append(path) or path.touch())
+    for _ in range(2):
+        store(tmp_path / "x.index.jsonl", b"")
+    assert len(set(written)) == 2
 
 
 def test_the_variable_names_the_folder(tmp_path, monkeypatch):
