@@ -14,6 +14,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -27,8 +28,9 @@ from matplotlib.figure import Figure
 # Matplotlib draws with stand-ins, which `_svg` replaces by variables that the page defines.
 INK, MUTED, RULE = "#000001", "#000002", "#000003"
 SERIES = ("#000011", "#000012", "#000013", "#000014")
+RUNS = (*SERIES, "#000015", "#000016", "#000017", "#000018")  # of a page that compares runs
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"}
-VARIABLES |= {color: f"series-{number}" for number, color in enumerate(SERIES)}
+VARIABLES |= {color: f"series-{number}" for number, color in enumerate(RUNS)}
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -109,6 +111,60 @@ def line(series: Series, title: str, log: bool = False, level: float | None = No
         return _svg(figure, f"{title} over the steps")
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One run's line in a chart of several.
+
+    color: the run's number; label: at the line's end, "" for none; band: the lowest and highest
+    beside each value; smooth: drawn as its running mean, over the pale line itself.
+    """
+
+    series: Series
+    color: int
+    label: str = ""
+    dashed: bool = False
+    smooth: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def compared(
+    curves: Sequence[Curve], title: str, large: bool = False, log: bool = False, top: float | None = None
+) -> Markup:
+    """The same quantity of several runs over the steps; `top` ends the axis below the highest."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(LARGE if large else SMALL, right=0.94)
+        labels, values = [], [0.0]
+        for curve in curves:
+            color = RUNS[curve.color % len(RUNS)]
+            x, y = thin = _thin(curve.series)
+            if curve.smooth:
+                axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
+                values.append(float(np.quantile(y, 0.98)))
+                y = _smooth(thin)[1]
+            if curve.band:
+                low, high = (_thin((curve.series[0], edge))[1] for edge in curve.band)
+                axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+                values += [*low, *high]
+            marker = "o" if len(x) == 1 else ""
+            axes.plot(x, y, marker=marker, color=color, linestyle=(0, (4, 2.2)) if curve.dashed else "-")
+            values += y
+            if curve.label:
+                labels.append((y[-1], curve.label, color))
+        positive = [value for value in values if value > 0]
+        if log and positive and max(positive) / min(positive) > 10:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(ticker.FuncFormatter(_number))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+            labels = [(math.log(max(y, min(positive))), text, color) for y, text, color in labels]
+            _label_ends(axes, labels, tuple(math.log(edge) for edge in axes.get_ylim()))
+        else:
+            highest = (top if top is not None else max(values)) or 1e-12
+            axes.set_ylim(min(values) * 1.08, highest * 1.06)
+            _label_ends(axes, labels)
+        return _svg(figure, f"{title} over the steps")
+
+
 def _axes(size: tuple[float, float], right: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size)
     left, bottom = 0.55 / size[0], 0.32 / size[1]
@@ -145,9 +201,16 @@ def _smooth(series: tuple[list[float], list[float]]) -> tuple[list[float], list[
     return x, [float(np.mean(y[i - reach : i + reach + 1])) for i, reach in enumerate(reaches)]
 
 
-def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Texts right of the lines' ends, pushed apart where they would touch."""
-    low, high = axes.get_ylim()
+def _label_ends(
+    axes: Axes, labels: list[tuple[float, str, str]], limits: tuple[float, ...] | None = None
+) -> None:
+    """Texts right of the lines' ends, pushed apart where they would touch.
+
+    limits: of the axis, where it is not even and `labels` have been made so.
+    """
+    if not labels:
+        return
+    low, high = limits or axes.get_ylim()
     labels = sorted(labels)
     gap = 14 / (axes.get_window_extent().height * 72 / axes.figure.dpi)  # of the axes' height
     places = [(y - low) / (high - low) for y, _, _ in labels]

@@ -47,10 +47,11 @@ def render(
         "recipe_text": recipe_text,
         "heat": charts.heat_gradient(),
     }
-    return _environment().from_string(_template()).render(view)
+    return environment().from_string(_template()).render(view)
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Escapes all that is filled in; has the filters of figures."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

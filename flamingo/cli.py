@@ -125,13 +125,23 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/quickstart.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/quickstart.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a comparison. Default: the first run's.")
+    ] = None,
 ) -> None:
-    """Write report.html and report.json of a run: figures, curves, and where the model looked."""
+    """Write report.html and report.json of a run: figures, curves, and where the model looked.
+
+    Of several runs, and of one that goes on or was stopped: compare.html and compare.json, the
+    curves over each other, the final figures and the settings that differ.
+    """
+    from flamingo.eval.compare import write_comparison
     from flamingo.eval.report import write_report
 
     with plain_errors():
-        typer.echo(f"{write_report(run)}")
+        finished = (runs[0] / "train.json").exists() or not (runs[0] / "metrics.jsonl").exists()
+        one = len(runs) == 1 and finished and out is None
+        typer.echo(f"{write_report(runs[0]) if one else write_comparison(runs, out)}")
 
 
 @app.command()
