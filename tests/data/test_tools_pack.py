@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 from itertools import chain
@@ -115,6 +116,34 @@ def test_another_plan_needs_another_folder(folder, tmp_path):
     assert "choose another folder" in run(
         "pack", folder, out, "--samples-per-shard", 4, "--workers", 1, status=1
     )
+
+
+def test_a_caption_that_was_edited_is_another_plan(folder, tmp_path):
+    out = tmp_path / "out"
+    run("pack", folder, out, "--workers", 1)
+    (folder / "part 0" / "0.txt").write_text("another caption")
+    assert "choose another folder" in run("pack", folder, out, "--workers", 1, status=1)
+
+
+def test_pictures_of_another_folder_are_another_plan(folder, tmp_path):
+    table, out = tmp_path / "pages.jsonl", tmp_path / "out"
+    write_table(table, [{"texts": [None, "x"], "images": ["0.png", None]}])
+    said = run("convert", "obelics", table, out, "--workers", 1, status=1)
+    assert "none of 1 pictures is there" in said and "delete" in said
+    again = ["convert", "obelics", table, out, "--images", folder / "part 0", "--workers", 1]
+    assert "choose another folder" in run(*again, status=1)  # and not: none is there
+    shutil.rmtree(out)
+    assert "1 samples in 1 shards" in run(*again)
+
+
+def test_names_that_are_not_utf_8_are_packed(tmp_path):
+    top = tmp_path / "images"
+    top.mkdir()
+    for name, number in (("фото ☃", 0), (os.fsdecode(b"\xff\xfe"), 1)):
+        (top / f"{name}.png").write_bytes(png((number, 0, 0)))
+        (top / f"{name}.txt").write_text(f"caption {number}")
+    assert "2 samples in 1 shards" in run("pack", top, tmp_path / "out", "--workers", 1)
+    assert captions(tmp_path / "out" / "*.tar") == ["caption 0", "caption 1"]
 
 
 def test_rows_that_cannot_be_used_are_counted_and_the_others_stay(folder, tmp_path):
@@ -237,6 +266,12 @@ def test_questions_and_items_become_their_kinds(folder, tmp_path):
         (["ragged.csv", "out", "--text-column", "text"], "3 fields, but 2 columns"),
         (["table.jsonl", "out", "--text-column", "text", "--samples-per-shard", "1",
           "--megabytes-per-shard", "1"], "either --samples-per-shard or --megabytes-per-shard"),
+        (["table.jsonl", "table.jsonl", "out", "--text-column", "text"], "table.jsonl is given twice"),
+        (["table.jsonl", "other/table.jsonl", "out", "--text-column", "text"], "name --image-root"),
+        (["table.jsonl", "out", "--text-column", "text", "--name", "../x"], "--name '../x': letters"),
+        (["images", "out", "--text-column", "text"], "a folder has its captions in .txt"),
+        (["images", "out", "--image-column", "picture"], "a folder has its captions in .txt"),
+        (["images", "out", "--executor", "ray"], "--workers 1 is for --executor local"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(folder, tmp_path, monkeypatch, arguments, message):
@@ -247,6 +282,8 @@ def test_what_is_wrong_is_said_in_one_line(folder, tmp_path, monkeypatch, argume
     Path("ragged.csv").write_text("image,text\na,b,c\n")
     Path("taken").mkdir()
     Path("taken/file").write_text("mine")
+    Path("other").mkdir()
+    write_table(Path("other/table.jsonl"), rows(folder))
     assert message in run("pack", *arguments, "--workers", 1, status=1).replace("\n", " ")
     assert not list(Path(".").rglob("dataset.json"))
 

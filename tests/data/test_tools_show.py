@@ -154,6 +154,9 @@ def test_every_command_explains_its_options(command):
         (["stats", "SHARD", "--options", "7", "--out", "x"], "write names and values"),
         (["show", "SHARD", "--options", "{a: [}"], "--options"),
         (["index", "SHARD", "--part", "0/3"], "--part must be i/n"),
+        (["show", "SHARD", "--kind", "pears"], "error: --kind pears: unknown kind 'pears'"),
+        (["show", "SHARD", "--crop", "end"], "error: --crop end: Input should be 'start' or 'random'"),
+        (["show", "SHARD", "--kind", "pairs"], "error: source 'shards': 16 bad samples in a row"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_said_in_one_line(shard, arguments, message):

@@ -85,8 +85,12 @@ def pack(
         if forms == {"folder"}:
             if len(inputs) > 1:
                 raise ValueError("one folder at a time: name the folder that holds them all")
+            if image_column != "image" or any((text_column, question_column, answer_column, items_column)):
+                raise ValueError("columns are of tables: a folder has its captions in .txt or .json files")
             layout: Layout = FolderLayout(str(image_root or inputs[0]))
         else:
+            if image_root is None and len({path.absolute().parent for path in inputs}) > 1:
+                raise ValueError("tables of several folders: name --image-root, the folder of the images")
             root = image_root or inputs[0].parent
             layout = TableLayout(
                 str(root), image_column, text_column, question_column, answer_column, items_column
@@ -271,14 +275,21 @@ def show(
 
     Text, images, which image each word sees, what is learned, what is cut.
     """
+    from pydantic import ValidationError
+
     from flamingo.data.config import SourceConfig
     from flamingo.data.tools.show import show as run
 
     with plain_errors():
-        source = SourceConfig.model_validate(
-            {"name": "shards", "kind": kind, "options": options_of(options), "shards": shards, "batch": 1,
-             "max_tokens": max_tokens, "crop": crop, "p_next": p_next}
-        )  # fmt: skip
+        fields = {"kind": kind, "options": options_of(options), "shards": shards, "max_tokens": max_tokens}
+        try:
+            source = SourceConfig.model_validate(
+                {"name": "shards", "batch": 1, **fields, "crop": crop, "p_next": p_next}
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"--{first['loc'][0]} {first['input']}: {what}") from None
         tokens = run(source, out, documents=documents, seed=seed, tokenizer=tokenizer, side=side)
         typer.echo(f"{out}: {documents} documents, {tokens} tokens")
 
@@ -286,9 +297,11 @@ def show(
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """The user's mistakes in one line, exit status 1."""
+    from flamingo.data.errors import TooManyBadSamples
+
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TooManyBadSamples) as error:
         stop(str(error))
 
 

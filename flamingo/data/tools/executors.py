@@ -61,6 +61,8 @@ class Executor:
             raise ValueError(f"--executor must be one of {', '.join(EXECUTORS)}, not {self.name!r}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers must be at least 1, not {self.workers}")
+        if self.workers is not None and self.name != "local":
+            raise ValueError(f"--workers {self.workers} is for --executor local; the cluster decides itself")
         if self.address is not None and self.name != "ray":
             raise ValueError(f"--address {self.address} is for --executor ray")
         self.slice()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 from flamingo.data.errors import BadSample
 from flamingo.data.tools.executors import Executor, Outcome, Task
 from flamingo.data.tools.outputs import claim, finish, finished
-from flamingo.data.tools.tables import Row, Run, folder_images, form_of, length, read_run, rows_with_places
+from flamingo.data.tools.tables import Row, Run, form_of, length, read_run, rows_with_places
 from flamingo.data.writing import DatasetCard, TarSample, write_tar
 
 SHOWN = 3  # rows left out that a shard's card tells in full
@@ -22,6 +23,11 @@ SHOWN = 3  # rows left out that a shard's card tells in full
 
 class Layout(Protocol):
     """How a row becomes a sample. Pickles."""
+
+    @property
+    def root(self) -> str | None:
+        """Folder that pictures are read from; None: no files are read."""
+        ...
 
     @property
     def kind(self) -> str:
@@ -94,11 +100,17 @@ def make_shards(
     """
     if (samples is None) == (megabytes is None):
         raise ValueError("give either --samples-per-shard or --megabytes-per-shard")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):  # never a path that leads out of `out`
+        raise ValueError(f"--name {name!r}: letters, digits and _ . - only, and not . or - first")
+    if twice := [str(path) for path, n in Counter(map(os.path.realpath, inputs)).items() if n > 1]:
+        raise ValueError(f"{twice[0]} is given twice: name every input once")
     _check_columns(inputs, layout)
     shards = plan(inputs, name, samples, megabytes, layout)
     settings = {**layout.settings(), "kind": layout.kind, "rows": _digest(inputs)}
     limit = {"samples per shard": samples} if samples else {"megabytes per shard": megabytes}
-    claim(out, {**settings, **limit, "shards": len(shards)})
+    # Not a part of the card: where pictures lie says nothing about the shards once they are made.
+    root = os.path.abspath(layout.root) if layout.root is not None else None
+    claim(out, {**settings, **limit, "shards": len(shards), "pictures": root})
     tasks = [Task(shard.name, _write, _Work(str(out), shard, layout)) for shard in shards]
     outcome = (executor or Executor()).run(tasks, "writing")
     left_out: Counter[str] = Counter()
@@ -106,7 +118,8 @@ def make_shards(
         left_out.update(told["left_out"])
     examples = [line for told in outcome.results.values() for line in told["examples"]]
     if len(outcome.results) == len(shards) and not any(t["samples"] for t in outcome.results.values()):
-        raise ValueError(f"none of the rows could be used: {'; '.join(examples[:SHOWN])}")
+        told = "; ".join(examples[:SHOWN])
+        raise ValueError(f"none of the rows could be used: {told} (before another try delete {out})")
     card = finish(out, [shard.name for shard in shards], {**settings, **limit}, licence)
     return Made(outcome, card, left_out, examples)
 
@@ -196,16 +209,21 @@ def _counted(rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
 
 
 def _digest(inputs: Sequence[Path]) -> str:
-    """SHA-256 over the names, sizes and times of all input files."""
+    """SHA-256 over the names, sizes and times of all input files, captions among them."""
     digest = hashlib.sha256()
     for path in inputs:
         files = [path]
         if path.is_dir():
             folder = form_of(path) == "folder"
-            files = [path / name for name in folder_images(path)] if folder else sorted(path.rglob("*"))
+            files = [path / name for name in _members(path)] if folder else sorted(path.rglob("*"))
         for file in files:
             stat = os.stat(file)
-            digest.update(
-                f"{os.path.relpath(file, path.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode()
-            )
+            told = f"{os.path.relpath(file, path.parent)} {stat.st_size} {stat.st_mtime_ns}\n"
+            digest.update(told.encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _members(folder: Path) -> Iterator[str]:
+    """All files of a folder that go into its shards."""
+    for _, row in rows_with_places(folder):
+        yield from filter(None, row.values())
