@@ -66,7 +66,7 @@ def gradient_norms(groups: Mapping[str, Iterable[Tensor | None]]) -> dict[str, f
     return norms(held, squared_norms(held, device))
 
 
-def places(passes: Sequence[Rows]) -> int:
+def row_places(passes: Sequence[Rows]) -> int:
     """B x T of all rows of a micro-batch: with the tokens in them, it gives the padding's share."""
     return sum(rows.input_ids.numel() for rows in passes)
 
@@ -89,7 +89,7 @@ def derived(
 
     Args:
         record: `seconds` of the whole step with the wait for data, `data_seconds` of that wait;
-            `samples`, `tokens`, `images` and `places` over all ranks, each where it is counted.
+            `samples`, `tokens`, `images` and `row_places` over all ranks, each where it is counted.
         flops: what the model has to compute in this step, over all ranks.
         peak: FLOP/s that all ranks' devices together reach in matrix products, as measured.
 
@@ -108,6 +108,6 @@ def derived(
             out["flops_per_second"] = float(f"{flops / seconds:.5g}")
             if peak and math.isfinite(peak):
                 out["peak_share"] = round(flops / seconds / peak, 4)
-    if record.get("places") and "tokens" in record:
-        out["padding_share"] = round(1.0 - record["tokens"] / record["places"], 4)
+    if record.get("row_places") and "tokens" in record:
+        out["padding_share"] = round(1.0 - record["tokens"] / record["row_places"], 4)
     return out

@@ -27,12 +27,17 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield name, float(value)
 
 
-def finite(value: Any) -> Any:
-    """The same with None for what is not finite: JSON has no such numbers, trackers no use for them."""
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what is not finite, None for it in lists: JSON has no such numbers."""
+    kept = {key: _finite(value) for key, value in record.items()}
+    return {key: value for key, value in kept.items() if value is not None or record[key] is None}
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
+        return finite(value)
     if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -68,13 +68,20 @@ def test_padding_is_what_no_token_fills(make_batch):
     assert tokens == 8 + 3
     shares = []
     for passes in (padded(batches), packed(batches, 16, image_token_id=21)):
-        record = {"tokens": tokens, "places": gauges.places(passes)}
+        record = {"tokens": tokens, "row_places": gauges.row_places(passes)}
         shares.append(gauges.derived(record)["padding_share"])
     assert shares == pytest.approx([1 - 11 / 16, 0.0], abs=1e-4)  # two rows of eight; one of eleven
 
 
 def test_rates_and_shares_of_a_step():
-    record = {"seconds": 2.0, "data_seconds": 0.5, "samples": 64, "tokens": 800, "images": 96, "places": 1000}
+    record = {
+        "seconds": 2.0,
+        "data_seconds": 0.5,
+        "samples": 64,
+        "tokens": 800,
+        "images": 96,
+        "row_places": 1000,
+    }
     assert gauges.derived(record, flops=6e12, peak=10e12) == {
         "samples_per_second": 32.0,
         "tokens_per_second": 400.0,
@@ -86,21 +93,21 @@ def test_rates_and_shares_of_a_step():
     }
 
 
-@pytest.mark.parametrize("missing", ["peak", "flops", "places", "data_seconds", "seconds"])
+@pytest.mark.parametrize("missing", ["peak", "flops", "row_places", "data_seconds", "seconds"])
 def test_what_was_not_measured_is_left_out(missing):
-    record = {"seconds": 2.0, "data_seconds": 0.5, "samples": 4, "tokens": 8, "images": 1, "places": 10}
+    record = {"seconds": 2.0, "data_seconds": 0.5, "samples": 4, "tokens": 8, "images": 1, "row_places": 10}
     given = {"flops": 6e12, "peak": 1e13}
     (record if missing in record else given).pop(missing)
     gone = {
         "peak": {"peak_share"},
         "flops": {"peak_share", "flops_per_second"},
-        "places": {"padding_share"},
+        "row_places": {"padding_share"},
         "data_seconds": {"data_share"},
     }
     gone["seconds"] = {*gone["flops"], *gone["data_seconds"]}
     gone["seconds"] |= {f"{name}_per_second" for name in gauges.COUNTS}
     whole = gauges.derived(
-        {"seconds": 2.0, "data_seconds": 0.5, "samples": 4, "tokens": 8, "images": 1, "places": 10},
+        {"seconds": 2.0, "data_seconds": 0.5, "samples": 4, "tokens": 8, "images": 1, "row_places": 10},
         flops=6e12,
         peak=1e13,
     )

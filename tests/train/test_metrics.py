@@ -80,16 +80,20 @@ def test_nested_numbers_become_tags():
     assert dict(flat(nested)) == {"loss/a": 1, "loss/b/c": 2.5, "gate/0": 0.0, "gate/1": 0.5}
 
 
-def test_what_is_not_finite_is_null_in_the_file_and_no_point_in_trackers(tmp_path):
+def test_what_is_not_finite_is_left_out_of_the_file_and_of_trackers(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     metrics = Metrics(tmp_path, steps=9, start=0, writes=True)
-    metrics.write(
-        {"step": 1, "loss": {"captions": math.nan}, "grad_norm": math.inf, "gates": [0.5, math.nan]}
-    )
+    odd = {
+        "loss": {"captions": math.nan},
+        "grad_norm": math.inf,
+        "peak_share": None,
+        "gates": [0.5, math.nan],
+    }
+    metrics.write({"step": 1, **odd})
     metrics.write(record(2))
     metrics.close()
     first, second = lines(tmp_path)
-    assert first == {"step": 1, "loss": {"captions": None}, "grad_norm": None, "gates": [0.5, None]}
+    assert first == {"step": 1, "loss": {}, "peak_share": None, "gates": [0.5, None]}
     assert second == record(2)
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss/captions")] == [2]
