@@ -41,15 +41,53 @@ def plain_attention(
         query = rearrange(query, "b (k g) 1 d -> b k g d", g=groups)
     elif groups > 1:
         key, value = (repeat(x, "b k c d -> b (k g) c d", g=groups) for x in (key, value))
-    scores = query @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
+    factor: float = width**-0.5 if scaling is None else scaling
     if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[2]]
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    out = weights @ value
+        attention_mask = attention_mask[..., : key.shape[2]]
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if dropout and module.training:
+        weights = F.dropout(_weights(query, key, attention_mask, factor), dropout)
+        out = weights @ value
+    else:
+        out, weights = _Attention.apply(query, key, value, attention_mask, factor)  # type: ignore[misc]
     if queries == 1:
         out, weights = out.view(batch, heads, 1, -1), weights.view(batch, heads, 1, -1)
     return rearrange(out, "b h t d -> b t h d").contiguous(), weights
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """float[B, H, T, C] in the dtype of the queries; the softmax in float32."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps the weights for the backward pass once, in the LM's dtype.
+
+    Autograd would keep them in float32 as well, three times the memory: in a packed row, that is
+    most of what a frozen layer holds.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float):
+        weights = _weights(query, key, mask, scaling)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scaling = scaling
+        ctx.mark_non_differentiable(weights)
+        return weights @ value, weights
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad, _ = grads
+        query, key, value, weights = ctx.saved_tensors
+        inner = (grad @ value.transpose(-1, -2)).float()
+        inner -= (inner * weights).sum(dim=-1, keepdim=True)
+        scores = inner.mul_(weights).mul_(ctx.scaling).to(query.dtype)
+        return scores @ key, scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad, None, None
 
 
 def attend_plainly(language_model: Any) -> None:

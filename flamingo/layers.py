@@ -75,6 +75,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return rearrange(out, "n h q d -> n q (h d)")
 
 
+NLL_ROWS = 64  # positions whose float32 logits exist at one time
+
+
+class _TokenNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        sums = [part.float().logsumexp(dim=-1) for part in logits.split(NLL_ROWS)]
+        total = torch.cat(sums) if sums else logits.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(logits, targets, total)
+        return total - logits.gather(1, targets[:, None])[:, 0].float()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, targets, total = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        parts = (tensor.split(NLL_ROWS) for tensor in (logits, targets, total, grads[0], out))
+        for rows, wanted, sums, grad, into in zip(*parts, strict=True):
+            shares = (rows.float() - sums[:, None]).exp_()
+            shares[torch.arange(len(rows), device=rows.device), wanted] -= 1
+            into.copy_(shares.mul_(grad[:, None]))
+        return out, None
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """float[M, V] logits, int64[M] -> float32[M], -log softmax of each target.
+
+    As `cross_entropy` of float32 logits, but no float32 copy of them is made as a whole: with a
+    vocabulary of 50,000 the three that it makes are the largest tensors of a training step.
+    """
+    return _TokenNLL.apply(logits, targets)  # type: ignore[return-value]
+
+
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """The weights that `attend` uses, averaged over heads: float32[N, Q, K], rows sum to 1."""
     scores = torch.einsum("nhqd,nhkd->nhqk", q.float(), k.float()) * q.shape[-1] ** -0.5

@@ -26,6 +26,7 @@ from flamingo.cross_attention import GatedCrossAttentionBlock, Media
 from flamingo.decoder import AddedTokens, Conditioning, Decoder
 from flamingo.freezing import FrozenParts, grad_if
 from flamingo.generation import FlamingoGeneration
+from flamingo.layers import token_nll
 from flamingo.media import Runs, restarting_positions, sight
 from flamingo.resampler import PerceiverResampler
 
@@ -283,7 +284,8 @@ class FlamingoForConditionalGeneration(
         loss, logits = None, out.logits
         if targets is not None and keep is not None:
             assert reduction in ("mean", "sum", "none"), reduction
-            loss = F.cross_entropy(logits[0].float(), targets[keep], reduction=reduction)
+            nll = token_nll(logits[0], targets[keep])
+            loss = nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()
         elif keep is not None:
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
         return FlamingoOutput(loss=loss, logits=logits, cache=out.cache)
