@@ -24,13 +24,15 @@ COUNTS = ("samples", "tokens", "images")
 def gates(blocks: nn.ModuleList) -> dict[str, list[float]]:
     """tanh of the gates of every block, the lowest block first: 0 is shut.
 
-    Empty where a gate is not on this rank (ZeRO-3 without its small weights kept).
+    Of a block with a gate per channel, the mean of |tanh|. Empty where a gate is not on this rank
+    (ZeRO-3 without its small weights kept).
     """
     both = [getattr(block, name).detach() for name in ("attn_gate", "ff_gate") for block in blocks]
-    if not both or not all(gate.numel() == 1 for gate in both):
+    if not both or not all(gate.numel() for gate in both):
         return {}
-    values = torch.stack([gate.float().reshape(()) for gate in both]).tanh().tolist()
-    values = [round(value, 5) for value in values]
+    open_ = [gate.float().tanh() for gate in both]
+    means = [gate.reshape(()) if gate.numel() == 1 else gate.abs().mean() for gate in open_]
+    values = [round(value, 5) for value in torch.stack(means).tolist()]
     return {"gate_attention": values[: len(blocks)], "gate_feed_forward": values[len(blocks) :]}
 
 

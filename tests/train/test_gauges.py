@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ def test_gates_are_reported_as_they_act(model):
     tanh = torch.tensor([-0.3, 0.7]).tanh().tolist()
     assert values["gate_attention"] == pytest.approx([0.0, tanh[0]], abs=1e-4)
     assert values["gate_feed_forward"] == pytest.approx([tanh[1]] * 2, abs=1e-4)
+
+
+def test_a_gate_per_channel_is_reported_by_its_mean_opening(model):
+    model.gated_blocks[0].attn_gate = nn.Parameter(torch.tensor([0.5, -0.5, 0.0, 0.0]))
+    values = gauges.gates(model.gated_blocks)
+    assert values["gate_attention"][0] == pytest.approx(math.tanh(0.5) / 2, abs=1e-4)
 
 
 def test_gates_that_lie_on_another_rank_are_left_out():
@@ -112,6 +119,14 @@ def test_what_was_not_measured_is_left_out(missing):
         peak=1e13,
     )
     assert set(whole) - set(gauges.derived(record, **given)) == gone[missing]
+
+
+def test_the_page_on_reading_a_run_explains_every_figure(model):
+    page = (Path(__file__).parents[2] / "docs" / "reading-a-run.md").read_text()
+    record = {"seconds": 2.0, "data_seconds": 0.5, "samples": 4, "tokens": 8, "images": 1, "row_places": 10}
+    figures = {**gauges.derived(record, flops=1.0, peak=1.0), **gauges.gates(model.gated_blocks)}
+    assert len(figures) == 9
+    assert [name for name in (*figures, "memory_gb", "grad_norms") if f"`{name}`" not in page] == []
 
 
 def test_memory_of_a_process_is_its_peak_in_gigabytes():
