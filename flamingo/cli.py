@@ -93,6 +93,34 @@ def train(
         raise typer.Exit(launch(recipe, overrides or [], resume, processes, accept_changed_shards))
 
 
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="YAML recipe; see train/recipes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. activation_checkpointing=true.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the run.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of one of them in GiB.")] = 80.0,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that the run will reach.")] = 0.4,
+    peak: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s of a GPU. Default: measured; without a GPU, an A100's."),
+    ] = None,
+    images: Annotated[
+        list[str] | None, typer.Option(help="SOURCE=N: images of a document of this source.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, memory in bytes.")] = False,
+) -> None:
+    """Before paying: parameters, memory per ZeRO stage and micro-batch, time and GPU-hours of a recipe."""
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    from flamingo.train.planning.commands import run
+
+    with plain_errors():
+        run(recipe, overrides or [], gpus, gpu_memory, utilisation, peak, images or [], as_json)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Model folder, e.g. runs/quickstart/model.")],
