@@ -148,7 +148,10 @@ def write_tar(path: Path, samples: Iterable[TarSample]) -> int:
     # A fixed time and owner.
     with (
         open(path, "wb") as file,
-        TarWriter(file, "flamingo", "flamingo", encoder=False, compress=False, mtime=0) as tar,
+        # keep_meta: members whose ending begins with "_" too.
+        TarWriter(
+            file, "flamingo", "flamingo", encoder=False, compress=False, mtime=0, keep_meta=True
+        ) as tar,
     ):
         for key, members in samples:
             tar.write({"__key__": key, **members})

@@ -222,8 +222,57 @@ def test_long_names_survive_and_huge_extended_headers_are_refused(shard, tmp_pat
         info.pax_headers = {"comment": "x" * (2 << 20)}
         archive.addfile(info, io.BytesIO())
     report = verify([str(shard(file.getvalue()[:-10240] + GOOD))], "pairs", executor=ONE)
-    assert report.faults
+    assert "an extended header of" in report.faults[0][1].detail
     assert report.shards["s-0.tar"]["samples"] == COUNT
+
+
+def test_without_a_kind_a_sample_that_lost_a_member_is_left_out_too(shard, tmp_path):
+    """Also where the sound ones are not all alike: half of the pictures are JPEGs by name."""
+    members = [(f"{n}.{ending}", b"x") for n in range(8) for ending in (("png", "jpg")[n % 2], "txt")]
+    members += [(f"9.{ending}", b"x") for ending in ("json", "0.png", "1.png")]
+    members += [(f"10.{ending}", b"x") for ending in ("json", "0.png", "1.png", "2.png")]
+    data = tar(members)
+    for lost, key in (("4.txt", "4"), ("5.jpg", "5"), ("9.json", "9")):
+        at = infos(data)[lost].offset
+        path = shard(data[:at] + b"\xff" * 200 + data[at + 200 :])
+        report = verify([str(path)], repair=tmp_path / lost, executor=ONE)
+        assert {f.fault for _, f in report.faults} == {"incomplete sample", "damaged header"}
+        kept = ["0", "1", "2", "3", "4", "5", "6", "7", "9", "10"]
+        kept.remove(key)
+        assert list(chain.from_iterable(ShardSet(str(tmp_path / lost / "*.tar")).keys())) == kept
+
+
+def test_a_clean_copy_is_of_the_shard_as_it_is(shard, tmp_path):
+    path, out = shard(GOOD), tmp_path / "clean"
+    verify([str(path)], repair=out, executor=ONE)
+    path.write_bytes(tar(listed()[2:]))
+    with pytest.raises(ValueError, match="choose another folder"):
+        verify([str(path)], repair=out, executor=ONE)
+
+
+def test_shards_of_several_folders_have_copies_of_their_own(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "b.tar").write_bytes(GOOD)
+    (tmp_path / "in" / "a_b.tar").write_bytes(tar(listed()[:2]))
+    report = verify([str(tmp_path / "in" / "**" / "*.tar")], repair=tmp_path / "out", executor=ONE)
+    assert sorted(told["samples"] for told in report.shards.values()) == [1, COUNT]
+    assert sorted(ShardSet(str(tmp_path / "out" / "*.tar")).counts) == [1, COUNT]
+
+
+def test_members_of_any_name_are_copied(shard, tmp_path):
+    verify([str(shard(tar([("0.txt", b"t"), ("0._meta", b"m")])))], repair=tmp_path / "out", executor=ONE)
+    assert ShardSet(str(tmp_path / "out" / "*.tar")).read(0, 0) == {"txt": b"t", "_meta": b"m"}
+
+
+def test_a_sample_that_is_too_large_is_a_fault_with_and_without_a_kind(shard):
+    path = shard(
+        tar([("0.png", png()), ("0.txt", b"words"), ("1.png", png() + bytes(2 << 20)), ("1.txt", b"x")])
+    )
+    for kind in (None, "pairs"):
+        report = verify([str(path)], kind, max_sample_mb=1, executor=ONE)
+        assert [(f.key, f.fault) for _, f in report.faults] == [("1", "too large sample")]
+    with pytest.raises(ValueError, match="name it with --kind"):
+        verify([str(path)], options={"min_side": 3}, executor=ONE)
 
 
 def test_checksums_of_the_card_are_compared_and_lost_shards_are_named(tmp_path):

@@ -6,8 +6,8 @@ next block that is a sound tar header, by its magic and its checksum.
 
 from __future__ import annotations
 
+import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +42,12 @@ class Found:
     broken: bool = False
 
 
-def salvage(path: Path) -> tuple[list[Found], list[Fault]]:
-    """The samples of a tar that are whole, as far as headers tell, and all damages."""
+def salvage(path: Path, decoded: bool = False) -> tuple[list[Found], list[Fault]]:
+    """The samples of a tar that are whole, as far as headers tell, and all damages.
+
+    decoded: whether a kind looks at them next. If not, a sample beside a damage is whole only if
+    it has the members of an undamaged one.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(6)
@@ -57,7 +61,7 @@ def salvage(path: Path) -> tuple[list[Found], list[Fault]]:
                 samples.damage(event)
             else:
                 samples.member(event)
-    return samples.whole(), samples.faults
+    return samples.whole(decoded), samples.faults
 
 
 def _walk(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Fault]:
@@ -78,9 +82,15 @@ def _walk(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Fault]:
                 yield info
                 end += -end % BLOCK
         except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-            if end != position:
+            sound = _sound(file, end)
+            if sound and end == position:  # a header that is one, and yet cannot be followed
                 stopped = str(error)
                 yield Fault(None, end, "damaged header", stopped)
+                end += 1
+            elif end != position:
+                stopped = str(error)
+                if not sound:  # else the next round tells
+                    yield Fault(None, end, "damaged header", stopped)
         if not stopped:
             fault, end = _ending(file, end, size)
             if fault:
@@ -134,6 +144,11 @@ def _sound(file: BinaryIO, position: int) -> bool:
     return True
 
 
+def _shape(sample: Found, numbers: bool) -> frozenset[str]:
+    """Endings of the members. Without numbers: documents with one, two, ... images are alike."""
+    return frozenset(name if numbers else re.sub(r"^\d+\.", "N.", name) for name in sample.members)
+
+
 class _Samples:
     """Members become samples; damages leave their mark on those beside them."""
 
@@ -163,13 +178,19 @@ class _Samples:
         else:
             sample.members[extension] = (info.offset_data, info.size)
 
-    def whole(self) -> list[Found]:
+    def whole(self, decoded: bool) -> list[Found]:
         """The samples of which nothing is known to be lost. Notes the others as faults."""
         sound = [sample for sample in self.found.values() if not sample.near and not sample.broken]
-        shapes = Counter(frozenset(sample.members) for sample in sound)
-        usual = next(iter(shapes)) if len(shapes) == 1 else frozenset()
+        shapes = {_shape(sample, numbers=decoded) for sample in sound}
         for sample in self.found.values():
-            missing = usual - sample.members.keys()
+            held = _shape(sample, numbers=decoded)
+            if decoded:  # where the sound ones differ, the kind knows better
+                missing = next(iter(shapes)) - held if len(shapes) == 1 else frozenset()
+            else:
+                larger = [] if held in shapes else [shape - held for shape in shapes if shape > held]
+                missing = min(
+                    larger, key=lambda members: (len(members), sorted(members)), default=frozenset()
+                )
             if sample.near and not sample.broken and missing:
                 sample.broken = True
                 what = f"a damage took its {', '.join(sorted(missing))}"

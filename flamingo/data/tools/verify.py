@@ -66,12 +66,17 @@ def verify(
     """
     if kind is not None:
         reader(kind, options or {})
+    elif options:
+        raise ValueError(f"--options {dict(options)} are of a kind: name it with --kind")
     paths = expand(patterns)
     names = [name.replace("/", "_") for name in names_of(paths)]
+    if len(set(names)) < len(names):  # a/b.tar and a_b.tar
+        names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
     cards = {folder: _card(folder) for folder in {path.parent for path in paths}}
     if repair is not None:
-        wanted = {"repaired": sorted(str(path.absolute()) for path in paths), "kind": kind}
-        claim(repair, {**wanted, "options": dict(options or {})})
+        # With sizes and times: a copy of what a shard was before would not be its copy.
+        wanted = {"repaired": sorted(map(_state, paths)), "kind": kind, "options": dict(options or {})}
+        claim(repair, {**wanted, "max_sample_mb": max_sample_mb})
     tasks = [
         Task(
             name,
@@ -95,6 +100,11 @@ def verify(
     return Report(shards, outcome)
 
 
+def _state(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.absolute()}, {stat.st_size} bytes, {stat.st_mtime_ns}"
+
+
 def _card(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / CARD).read_bytes())["files"])
@@ -112,14 +122,13 @@ def _missing(cards: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
 def _check(work: _Check) -> dict[str, Any]:
     """The task: the report of one shard, and its clean copy if one is wanted."""
     path = Path(work.path)
-    samples, faults = salvage(path)
+    samples, faults = salvage(path, decoded=work.kind is not None)
     faults += _checksum(path, work.expected)
     with open(path, "rb") as file:
-        if work.kind is not None:
-            read = reader(work.kind, work.options)
-            checked = [(sample, _decode(file, sample, read, work.largest)) for sample in samples]
-            faults += [fault for _, fault in checked if fault]
-            samples = [sample for sample, fault in checked if fault is None]
+        read = reader(work.kind, work.options) if work.kind is not None else None
+        checked = [(sample, _fault(file, sample, read, work.largest)) for sample in samples]
+        faults += [fault for _, fault in checked if fault]
+        samples = [sample for sample, fault in checked if fault is None]
         told = {
             "samples": len(samples),
             "faults": [fault._asdict() for fault in sorted(faults, key=lambda fault: fault.offset)],
@@ -139,9 +148,11 @@ def _checksum(path: Path, expected: Mapping[str, Any] | None) -> list[Fault]:
     return [Fault(None, 0, "not the file of dataset.json", told)] if different else []
 
 
-def _decode(file: BinaryIO, sample: Found, read: Reader, largest: int) -> Fault | None:
+def _fault(file: BinaryIO, sample: Found, read: Reader | None, largest: int) -> Fault | None:
     if (size := sum(size for _, size in sample.members.values())) > largest:
         return Fault(sample.key, sample.offset, "too large sample", f"{size} bytes, allowed are {largest}")
+    if read is None:
+        return None
     try:
         read(_members(file, sample), sample.key)
     except BadSample as error:
