@@ -102,6 +102,17 @@ def test_a_large_jpeg_is_decoded_smaller_but_never_below_twice_what_is_wanted(si
     assert (transform(small) - transform(decode_image(data))).abs().max() < 0.05
 
 
+def test_a_picture_that_is_cropped_at_random_is_decoded_in_full(write_tar, source):
+    path = str(write_tar("j.tar", {"0": {"jpg": jpeg(64), "txt": b"x"}}))
+    sizes = []
+    for how in (None, Augment(flip=1.0)):
+        changed = source.model_copy(update={"shards": path, "augment": how})
+        item = Stream(changed, 1, image_side=8)[0].items[0]
+        assert isinstance(item, Image)
+        sizes.append(item.image.size)
+    assert sizes == [(16, 16), (64, 64)]
+
+
 def test_a_sample_that_is_too_large_is_bad_and_not_read(source):
     small = source.model_copy(update={"max_sample_mb": 1})
     stream = Stream(small, seed=1)

@@ -151,6 +151,22 @@ def test_the_shuffle_is_uniform():
     assert permutation(1, 1).tolist() == [0]
 
 
+def test_samples_of_a_window_come_in_any_order_and_windows_hold_any_shards():
+    """Uniformly: each of 6 samples comes first as often, beside each other one, as does each shard."""
+    firsts, seconds, windows = Counter(), Counter(), Counter()
+    for epoch in range(3000):
+        order = Order([1, 2, 3], 3, "t", epoch)
+        places = [order.locate(position)[1:] for position in range(2)]
+        firsts[places[0]] += 1
+        seconds[places[1]] += 1
+        later = Order([2, 2, 2, 2], 2, "t").locate(8 * epoch)
+        windows[frozenset(Order([2, 2, 2, 2], 2, "t").shards_of(2 * epoch))] += 1
+        assert later.epoch == epoch
+    for counts, kinds in ((firsts, 6), (seconds, 6), (windows, 6)):
+        assert len(counts) == kinds
+        assert all(abs(count - 500) < 90 for count in counts.values())  # 4 deviations
+
+
 def test_the_shuffle_never_changes():
     # A release that changes these numbers breaks the resumption of every run.
     assert permutation(8, 0, "a").tolist() == [6, 7, 3, 2, 1, 5, 0, 4]

@@ -81,6 +81,40 @@ def add(tar: tarfile.TarFile, name: str, kind: bytes = tarfile.REGTYPE) -> None:
     tar.addfile(info, io.BytesIO(b"x"))
 
 
+def test_headers_made_to_harm_are_refused(tmp_path):
+    path = tmp_path / "x.tar"
+
+    def write(form: int = tarfile.USTAR_FORMAT, **fields) -> bytes:
+        with tarfile.open(path, "w", format=form) as tar:
+            info = tarfile.TarInfo("1.txt")
+            for name, value in fields.items():
+                setattr(info, name, value)
+            tar.addfile(info)
+        return path.read_bytes()
+
+    write(tarfile.PAX_FORMAT, pax_headers={"comment": "x" * (2 << 20)})
+    with pytest.raises(ShardError, match="an extended header of"):
+        build_index(path)
+    block = bytearray(write()[:512])
+    block[124:136] = b"\xff" * 11 + b"\x00"  # -256: would send the reader back, for ever
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    path.write_bytes(bytes(block) + bytes(10240))
+    with pytest.raises(ShardError, match="negative size"):
+        build_index(path)
+    write(type=tarfile.GNUTYPE_SPARSE)
+    with pytest.raises(ShardError, match=r"1\.txt is a link or sparse"):
+        build_index(path)
+
+
+def test_a_shard_that_is_cut_while_in_use_is_an_error(shard):
+    shard_set = ShardSet(str(shard))
+    shard_set.read(0, 0)  # it is open now
+    os.truncate(shard, 3000)
+    with pytest.raises(ShardError, match="became shorter while in use"):
+        shard_set.read(0, 5)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
