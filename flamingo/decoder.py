@@ -77,6 +77,13 @@ class AddedTokens(nn.Module):
         self.input = nn.Parameter(torch.empty(count, input_width))
         self.output = nn.Parameter(torch.empty(count, output_width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """int64[M], numbers of added tokens -> their input rows, [M, W]; float[..., W] -> their
+        logits, [..., A]. A call, so that whoever keeps weights in pieces knows when they are used."""
+        if not x.is_floating_point():
+            return self.input[x]
+        return x.to(self.output.dtype) @ self.output.t()
+
     @torch.no_grad()
     def start_from(self, table: Tensor, output_table: Tensor, std: float) -> None:
         """Start at the mean row of the LM's tables, plus noise that tells the tokens apart."""
@@ -148,7 +155,7 @@ class Decoder:
         is_added = ids >= self.first_added
         places = is_added.nonzero(as_tuple=True)
         # Some tables scale what they give (Gemma): an added row is treated like a word's.
-        rows = self.added.input[ids[places] - self.first_added] * getattr(module, "embed_scale", 1.0)
+        rows = self.added(ids[places] - self.first_added) * getattr(module, "embed_scale", 1.0)
         return output.index_put(places, rows.to(output.dtype))
 
     def _block_hook(self, index: int, layer, args, kwargs):
@@ -181,5 +188,5 @@ class Decoder:
         """[..., V] -> [..., first_added + A]; a padded table's unused rows fall away."""
         if self.slot is None:
             return None
-        extra = args[0].to(self.added.output.dtype) @ self.added.output.t()
+        extra = self.added(args[0])
         return torch.cat((output[..., : self.first_added], extra.to(output.dtype)), dim=-1)

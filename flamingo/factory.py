@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flamingo import vision as vision_sources
@@ -12,6 +16,9 @@ from flamingo.config import ADDED_TOKENS, FlamingoConfig
 from flamingo.decoder import residual_rms
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
+
+# Within what it gives, parameters that lie in pieces on several ranks are whole.
+Gathered = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 
 
 def create(
@@ -21,6 +28,7 @@ def create(
     vision_options: dict | None = None,
     frozen_dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    gathered: Gathered | None = None,
     **architecture,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """A Flamingo with pretrained frozen parts and new, untrained connecting parts.
@@ -28,9 +36,10 @@ def create(
     vision: "source:name", the name being one of the source's or a local folder;
     language: name or local folder for `AutoModelForCausalLM`; vision_options: passed to the
     source's `describe`, e.g. {"image_size": 336} or {"layer": -2}; frozen_dtype: of both frozen
-    parts; seed: for the new parts; architecture: fields of `FlamingoConfig`. What the gated
-    blocks add is scaled to the LM's residual stream, measured here (`cross_attention_scale=None`
-    leaves it out, as in the paper).
+    parts; seed: for the new parts; gathered: where the language model is loaded in pieces over the
+    ranks of a group (DeepSpeed's ZeRO-3), which is up to the caller; architecture: fields of
+    `FlamingoConfig`. What the gated blocks add is scaled to the LM's residual stream, measured
+    here (`cross_attention_scale=None` leaves it out, as in the paper).
 
     Raises ValueError for an unknown source, name, option or field.
     """
@@ -61,16 +70,14 @@ def create(
         **architecture,
     )
     if "cross_attention_scale" not in architecture:
-        config.cross_attention_scale = _residual_scale(language_model, tokenizer, config)
+        config.cross_attention_scale = _residual_scale(language_model, tokenizer, config, gathered)
     torch.manual_seed(seed)
-    model = FlamingoForConditionalGeneration(config)
-    for parameter in model.language_model.parameters():
-        parameter.data = parameter.data.to(frozen_dtype)  # buffers such as rotary frequencies stay
-    model.language_model.load_state_dict(language_model.state_dict())
+    model = FlamingoForConditionalGeneration(config, language_model)
     source.load(model.vision_encoder, name)
     model.vision_encoder.to(frozen_dtype)
     tables = [e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings())]
-    model.added_tokens.start_from(*tables, std=config.initializer_range)
+    with gathered(tables) if gathered else nullcontext():
+        model.added_tokens.start_from(*tables, std=config.initializer_range)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, FlamingoProcessor.for_model(config, tokenizer)
@@ -91,11 +98,36 @@ PROBE = (
 )
 
 
-def _residual_scale(language_model, tokenizer, config: FlamingoConfig) -> list[float]:
+def _residual_scale(
+    language_model: nn.Module, tokenizer: Any, config: FlamingoConfig, gathered: Gathered | None
+) -> list[float]:
     """One factor per gated block: the size of the residual stream that it adds to."""
     rows = [tokenizer(text, add_special_tokens=True)["input_ids"] for text in PROBE]
-    sizes = residual_rms(language_model, rows)
+    with _whole_while_used(language_model, gathered) if gathered else nullcontext():
+        sizes = residual_rms(language_model, rows)
     return [float(f"{max(sizes[i], 1e-3):.3g}") for i in config.block_positions]
+
+
+@contextmanager
+def _whole_while_used(model: nn.Module, gathered: Gathered) -> Iterator[None]:
+    """Within this `with`, the weights of a module are whole while it runs, and no longer."""
+    open_now: dict[nn.Module, AbstractContextManager[Any]] = {}
+
+    def before(module: nn.Module, args: Any) -> None:
+        open_now[module] = gathered(list(module.parameters(recurse=False)))
+        open_now[module].__enter__()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        open_now.pop(module).__exit__(None, None, None)
+
+    owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    handles = [module.register_forward_pre_hook(before) for module in owners]
+    handles += [module.register_forward_hook(after) for module in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_fields(architecture: dict) -> None:

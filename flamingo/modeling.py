@@ -98,11 +98,12 @@ class FlamingoForConditionalGeneration(
     """A frozen LM that sees: only resampler, gated blocks and added tokens are trained, unless
     `unfreeze` adds to them."""
 
-    def __init__(self, config: FlamingoConfig):
+    def __init__(self, config: FlamingoConfig, language_model: nn.Module | None = None):
+        """language_model: one that is there already, in place of a new one with random weights."""
         super().__init__(config)
         text = config.get_text_config()
         self.vision_encoder = vision.build(config.vision_config)  # type: ignore[arg-type]
-        self.language_model = AutoModelForCausalLM.from_config(text)
+        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(text)
         self.resampler = PerceiverResampler(config)
         self.gated_blocks = nn.ModuleList(
             GatedCrossAttentionBlock(config, text.hidden_size, self.resampler.width, scale)
@@ -114,6 +115,9 @@ class FlamingoForConditionalGeneration(
         self._takes_positions = "position_ids" in takes  # ALiBi models have none
         self._decoder = Decoder(config, self)
         self.freeze()
+        if language_model is not None:
+            for part in (*language_model.modules(), *language_model.parameters()):
+                part._is_hf_initialized = True  # type: ignore[attr-defined]  # or its weights were drawn anew
         self.post_init()
 
     @classmethod

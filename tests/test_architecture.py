@@ -34,7 +34,7 @@ FROM_DATA = {"processing": {"flamingo.data.transforms"}}  # what the model may u
 
 # Who may import a heavy or optional library; others get at it through them.
 OWNERS = {
-    "deepspeed": {"flamingo.train.engine", "flamingo.train.checkpoint"},
+    "deepspeed": {"flamingo.train.engine", "flamingo.train.moments"},
     "open_clip": {"flamingo.vision.open_clip"},
     "timm": {"flamingo.vision.timm", "flamingo.backbones"},
     "faiss": {"flamingo.eval.retrieval"},

@@ -1,9 +1,10 @@
-"""Checkpoints are complete or absent.
+"""Checkpoints are complete or absent, and fit any number of ranks and any ZeRO stage.
 
-A checkpoint is a folder `step-000123` with what DeepSpeed wrote (trained weights, optimizer)
-and `manifest.json` (SHA-256 of every file, the step, the run's identity). It is written beside
-its place under another name and renamed when all of it is on disk. DeepSpeed's loader
-unpickles, so nothing is opened whose manifest does not match.
+A checkpoint is a folder `step-000123` of safetensors files, in which every trained parameter has its
+weight and Adam's moments under its own name, and `manifest.json`: SHA-256 of every file, the step,
+the run's identity, the loss scale. Schedule, data order and random numbers follow from the step.
+It is written beside its place under another name, each rank a part of the parameters, and renamed
+when all of it is on disk. Nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,50 +13,182 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
 
-MANIFEST, TAG = "manifest.json", "state"
+from flamingo.data.writing import fingerprint, fsync_folder
+from flamingo.train import engine as engines
+from flamingo.train.engine import Engine, gather_objects, gathered
 
-
-def save(engine: Any, folder: Path, step: int, identity: dict, keep: int = 2) -> Path:
-    """Write `folder/step-...`, called by all ranks; keeps the newest `keep`. Returns its path."""
-    target = folder / f"step-{step:06d}"
-    part = folder / f".{target.name}.part"
-    if dist.get_rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    dist.barrier()
-    try:
-        engine.save_checkpoint(
-            str(part), tag=TAG, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
-        )
-    except (RuntimeError, OSError) as error:  # torch.save reports a full disk as RuntimeError
-        free = shutil.disk_usage(folder).free >> 20
-        raise OSError(
-            f"checkpoint {target} cannot be written ({free} MB are free there): {error}. "
-            "The checkpoint before it is intact; make room and go on with --resume"
-        ) from None
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _complete(part, target, step, identity)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return target
+MANIFEST, FORMAT = "manifest.json", "flamingo training 1"
+CHUNK = 2 << 30  # bytes of a file, about
+WEIGHT = "weight"
+Parts = list[dict[str, Tensor]]
 
 
-def _complete(part: Path, target: Path, step: int, identity: dict) -> None:
-    files = {str(p.relative_to(part)): _sha256(p) for p in sorted(part.rglob("*")) if p.is_file()}
-    manifest = {"step": step, "identity": identity, "files": files}
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*part.rglob("*"), part]:
+class Checkpoints:
+    """Writes the checkpoints of a run. All ranks call, at the same steps.
+
+    background: the files are written by a thread while training goes on; what went wrong there
+    is told at the next call.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], keep: int = 2, background: bool = False):
+        self.folder, self.identity, self.keep, self.background = folder, identity, keep, background
+        self._thread: Thread | None = None
+        self._failed: str | None = None
+        self._step = 0
+
+    def save(self, engine: Engine, step: int) -> None:
+        """Write `folder/step-...` and remove all but the newest.
+
+        Raises OSError on all ranks when any of them could not write; older checkpoints are intact.
+        """
+        self.finish()
+        target = self.folder / f"step-{step:06d}"
+        part = self.folder / f".{target.name}.part"
+        self._agree(lambda: _make_room(part) if dist.get_rank() == 0 else None, target)
+        files = _snapshot(engine, copy=self.background)
+        manifest = {"format": FORMAT, "step": step, "identity": self.identity}
+        manifest |= {"loss_scale": engine.scale.state(), "ranks": dist.get_world_size()}
+        self._step = step
+        if self.background:
+            self._thread = Thread(target=self._quietly, args=(part, target, files, manifest))
+            self._thread.start()
+        else:
+            self._agree(lambda: _write(part, files), target)
+            self._complete(part, target, manifest)
+
+    def finish(self) -> None:
+        """Wait for what is written in the background. Raises OSError as `save`."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        target = self.folder / f"step-{self._step:06d}"
+        part = self.folder / f".{target.name}.part"
+        self._agree(self._told, target)
+        self._complete(part, target, self._manifest)
+
+    def _quietly(self, part: Path, target: Path, files: Parts, manifest: dict[str, Any]) -> None:
+        self._failed, self._manifest = None, manifest
+        try:
+            _write(part, files)
+        except Exception as error:  # told by `finish`
+            self._failed = str(error) or repr(error)
+
+    def _told(self) -> None:
+        if self._failed is not None:
+            raise OSError(self._failed)
+
+    def _complete(self, part: Path, target: Path, manifest: dict[str, Any]) -> None:
+        """Rank 0: the manifest, the rename, and room for the next."""
+
+        def complete_it() -> None:
+            if dist.get_rank() == 0:
+                _rename(part, target, manifest)
+                for old in complete(self.folder)[: -self.keep]:
+                    shutil.rmtree(old)
+
+        self._agree(complete_it, target)
+
+    def _agree(self, act: Callable[[], Any], target: Path) -> None:
+        """Every rank acts; when one fails, all fail with its words."""
+        failed = None
+        try:
+            act()
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            failed = str(error) or repr(error)
+        words = [(rank, words) for rank, words in enumerate(gather_objects(failed)) if words is not None]
+        if words:
+            free = shutil.disk_usage(_existing(self.folder)).free >> 20
+            raise OSError(
+                f"checkpoint {target} cannot be written ({free} MB are free there), rank {words[0][0]}: "
+                f"{words[0][1]}. The checkpoint before it is intact; make room and go on with --resume"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+def _make_room(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _snapshot(engine: Engine, copy: bool) -> Parts:
+    """This rank's share of all trained state, on the CPU: every n-th parameter, n being the ranks.
+
+    copy: also where the tensors are on the CPU already, because training goes on.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    files: Parts = [{}]
+    size = 0
+    for number, (name, parameter) in enumerate(engine.named.items()):
+        with gathered([parameter]):
+            weight = parameter.detach().to("cpu", copy=True) if number % ranks == rank else None
+        state = engine.moments.read(name)
+        if weight is None:
+            continue
+        if size > CHUNK:
+            files.append({})
+            size = 0
+        files[-1][f"{WEIGHT}/{name}"] = weight
+        for key, value in state.items():
+            files[-1][f"{key}/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
+        size += sum(t.numel() * t.element_size() for t in (weight, *state.values()))
+    return files
+
+
+def _write(part: Path, files: Parts) -> None:
+    """This rank's files, each on disk before its checksum is."""
+    rank = dist.get_rank()
+    cards = {}
+    for number, tensors in enumerate(files):
+        path = part / f"rank-{rank:05d}-{number:03d}.safetensors"
+        save_file(tensors, path)
         _sync(path)
+        cards[path.name] = fingerprint(path)
+    card = part / f"rank-{rank:05d}.json"
+    card.write_text(json.dumps(cards))
+    _sync(card)
+
+
+def _rename(part: Path, target: Path, manifest: dict[str, Any]) -> None:
+    files: dict[str, Any] = {}
+    for card in sorted(part.glob("rank-*.json")):
+        files |= json.loads(card.read_text())
+        card.unlink()
+    told = {**manifest, "files": files}
+    (part / MANIFEST).write_text(json.dumps({**told, "sha256": _digest(told)}, indent=1))
+    _sync(part / MANIFEST)
+    fsync_folder(part)
     shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier, damaged attempt
     part.rename(target)
-    _sync(target.parent)
+    fsync_folder(target.parent)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says but this."""
+    told = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+# -- finding and reading -----------------------------------------------------------------------
 
 
 def complete(folder: Path) -> list[Path]:
@@ -63,8 +196,14 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def newest(folder: Path, identity: dict, warn: Any = print) -> Path | None:
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def newest(folder: Path, identity: dict[str, Any] | None, warn: Callable[[str], Any] = warn) -> Path | None:
     """The newest undamaged checkpoint; a damaged one is named and the one before it taken.
+
+    identity: of the run that goes on; None: any.
 
     Raises ValueError when it belongs to a run with other settings, or when all are damaged.
     """
@@ -74,8 +213,7 @@ def newest(folder: Path, identity: dict, warn: Any = print) -> Path | None:
         if damaged:
             warn(f"{path}: {damaged}; trying the checkpoint before it")
             continue
-        manifest = json.loads((path / MANIFEST).read_text())
-        changed = differences(manifest["identity"], identity)
+        changed = differences(read_manifest(path)["identity"], identity) if identity is not None else []
         if changed:
             raise ValueError(
                 f"{path} is from other settings ({'; '.join(changed)}): "
@@ -87,30 +225,86 @@ def newest(folder: Path, identity: dict, warn: Any = print) -> Path | None:
     return None
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text())
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when every file is as its manifest says."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files, _ = dict(manifest["files"]), manifest["identity"]
+        manifest = read_manifest(path)
+        files, _, _ = dict(manifest["files"]), manifest["identity"], int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error!r})"
+    if manifest.get("format") != FORMAT:
+        return f"{MANIFEST} is of another format, {manifest.get('format')!r}, not {FORMAT!r}"
+    if manifest.get("sha256") != _digest(manifest):
+        return f"{MANIFEST} was altered"
     there = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {MANIFEST}
     if not files or there - set(files):
         return f"{MANIFEST} does not know {sorted(there - set(files)) or 'any file'}"
-    for name, digest in files.items():
+    for name, told in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != digest:
+        if fingerprint(path / name) != told:
             return f"{name} was altered or cut off"
     return None
 
 
-def load(engine: Any, path: Path) -> int:
-    """Put the state into the engine, on all ranks; the number of steps already done."""
-    loaded, state = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)
-    if loaded is None:
-        raise ValueError(f"{path}: DeepSpeed found no state in it")
-    return int(state["step"])
+class Saved:
+    """The tensors of a checkpoint, each read when it is asked for.
+
+    Raises ValueError for a tensor of another shape than `shape`, or one that is not there.
+    """
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        self.path, self.manifest = path, read_manifest(path)
+        self.step = int(self.manifest["step"])
+        self.files = [safe_open(path / name, framework="pt") for name in sorted(self.manifest["files"])]
+        self.home = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 - no dict
+
+    @property
+    def names(self) -> set[str]:
+        """Of the trained parameters."""
+        return {name.partition("/")[2] for name in self.home if name.startswith(f"{WEIGHT}/")}
+
+    def __call__(self, kind: str, name: str) -> Tensor:
+        return self.home[f"{kind}/{name}"].get_tensor(f"{kind}/{name}")
+
+    def check(self, named: dict[str, torch.nn.Parameter], new: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        """Raises ValueError unless it holds just these parameters; `new` ones may be missing."""
+        missing, unknown = sorted(set(named) - self.names - new), sorted(self.names - set(named))
+        if missing or unknown:
+            raise ValueError(
+                f"{self.path} is of another model: it lacks {missing[:3] or 'nothing'}, and holds "
+                f"{unknown[:3] or 'nothing'} too much"
+            )
+        for name in self.names:
+            shape = tuple(self.home[f"{WEIGHT}/{name}"].get_slice(f"{WEIGHT}/{name}").get_shape())
+            wanted = tuple(getattr(named[name], "ds_shape", named[name].shape))
+            if shape != wanted:
+                raise ValueError(
+                    f"{self.path} is of another model: {name} is {list(shape)}, not {list(wanted)}"
+                )
+
+    @torch.no_grad()
+    def weights_into(self, named: dict[str, torch.nn.Parameter]) -> None:
+        """Put the weights into parameters, before an engine takes them."""
+        for name in sorted(self.names):
+            with gathered([named[name]], changed=True):
+                if not hasattr(named[name], "ds_id") or dist.get_rank() == 0:
+                    named[name].copy_(self(WEIGHT, name))
+
+    @torch.no_grad()
+    def moments_into(self, engine: engines.Engine) -> None:
+        """Put the optimizer's state and the loss scale into an engine."""
+        for name in engine.named:
+            if name in self.names:
+                kinds = (*engines.KEYS, engines.STEP)
+                engine.moments.write(name, {kind: self(kind, name) for kind in kinds})
+        engine.scale.restore(self.manifest["loss_scale"])
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -118,19 +312,3 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         keys = sorted({*old, *new})
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}".strip("."))]
     return [] if old == new else [f"{where} was {old!r}, is {new!r}"]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The only door to DeepSpeed's engine, with `checkpoint.py`.
+"""The only door to DeepSpeed's engine, with `moments.py`.
 
 Works with and without a launcher: one process alone is a group of one.
 """
@@ -6,13 +6,19 @@ Works with and without a launcher: one process alone is a group of one.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flamingo.train.config import Recipe
-from flamingo.train.optim import adamw
+from flamingo.train.moments import KEYS as KEYS
+from flamingo.train.moments import STEP as STEP
+from flamingo.train.moments import Moments
+from flamingo.train.optim import adamw, trained
+from flamingo.train.precision import LossScale
 
 
 def join_group() -> tuple[int, int]:
@@ -48,44 +54,207 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def wrap(objective: nn.Module, recipe: Recipe, world_size: int) -> Any:
-    """The DeepSpeed engine around the objective, its configuration derived from the recipe.
+# What the recipe says in its own words; in `deepspeed` it would say it twice.
+DERIVED = {
+    "train_batch_size": "the batches of `sources`",
+    "train_micro_batch_size_per_gpu": "the batches of `sources`",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer (AdamW)",
+    "scheduler": "optimizer.schedule",
+    "fp16": "autocast",
+    "bf16": "autocast",
+    "torch_autocast": "autocast",
+    "activation_checkpointing": "activation_checkpointing",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer": "offload",
+    "zero_optimization.offload_param": "offload",
+}
 
-    Weights of the trained part stay float32 (autocast does the rest), so DeepSpeed's own
-    mixed precision is off: it would cast the frozen part too, and keep a copy of everything.
+
+def configuration(recipe: Recipe, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from the recipe, with its `deepspeed` section added.
+
+    Weights of the trained part stay float32 (autocast does the rest), so DeepSpeed's own mixed
+    precision is off: it would cast the frozen part too, and keep a copy of everything.
+
+    Raises ValueError for a key of that section that the recipe says in its own words.
     """
-    import deepspeed
-
     batch = sum(source.batch for source in recipe.sources)
-    config = {
+    zero: dict[str, Any] = {"stage": recipe.zero_stage}
+    if recipe.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if recipe.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    derived = {
         # DeepSpeed insists on these; `Objective` normalises by target tokens instead.
-        "train_batch_size": batch - batch % (world_size * recipe.accumulation)
-        or world_size * recipe.accumulation,
+        "train_batch_size": batch - batch % (world * recipe.accumulation) or world * recipe.accumulation,
         "gradient_accumulation_steps": recipe.accumulation,
-        # Without ZeRO the engine does not tell the norm that it clips: `clip_and_step` does.
+        # Without ZeRO the engine does not tell the norm that it clips: `Engine.update` does.
         "gradient_clipping": recipe.optimizer.clip if recipe.zero_stage else 0.0,
-        "zero_optimization": {"stage": recipe.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its operator needs a compiler; torch's AdamW does not
         "steps_per_print": 1 << 30,
     }
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=adamw(objective, recipe.optimizer), config=config
-    )
-    return engine
+    return _merged(derived, recipe.deepspeed)
 
 
-def clip_and_step(engine: Any, recipe: Recipe) -> float:
-    """The one clipping and the one update of a step; the norm before clipping.
+def _merged(derived: dict[str, Any], raw: dict[str, Any], where: str = "") -> dict[str, Any]:
+    for key, value in raw.items():
+        name = f"{where}{key}"
+        if name in DERIVED:
+            raise ValueError(
+                f"deepspeed.{name}={value!r} contradicts the recipe, which says it with {DERIVED[name]}: "
+                "set that, and remove the key"
+            )
+        inner = derived.get(key)
+        derived[key] = _merged(inner, value, f"{name}.") if isinstance(inner, dict) else value
+    return derived
 
-    The gradients are already summed over the ranks, so all ranks clip alike.
+
+class Engine:
+    """The objective under DeepSpeed: forward, backward, one update per step.
+
+    Attributes:
+        named: trained parameters; moments: of the optimizer, by the same names.
     """
-    if recipe.zero_stage:
-        engine.step()
-        return float(engine.get_global_grad_norm())
-    trained = [p for p in engine.module.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.clip)
-    engine.step()
-    return float(norm)
+
+    def __init__(self, objective: nn.Module, recipe: Recipe, world: int, scale: LossScale):
+        import deepspeed
+
+        self.stage, self.clip, self.world, self.scale = (
+            recipe.zero_stage,
+            recipe.optimizer.clip,
+            world,
+            scale,
+        )
+        self.module, self.device, self.offload = objective, device(), recipe.offload != "none"
+        if self.stage == 3:
+            _keep_encoder_whole(objective)
+        optimizer = adamw(objective, recipe.optimizer)
+        made = deepspeed.initialize(model=objective, optimizer=optimizer, config=configuration(recipe, world))
+        self.deepspeed: Any = made[0]
+        self.named = trained(objective)
+        self.moments = Moments(self.deepspeed, self.named, self.stage)
+
+    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self.deepspeed(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed averages over ranks; the objective already counts tokens of all ranks."""
+        sound = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        loss = loss * sound  # no gradient is finite where the loss is not
+        if self.stage:
+            self.deepspeed.optimizer.override_loss_scale(self.scale.value)
+        else:
+            loss = loss * self.scale.value
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+
+    def next_part(self) -> None:
+        """After all but the last micro-batch of a step."""
+        self.deepspeed.step()
+
+    def update(self, rate: float) -> float:
+        """The one clipping and the one update of a step; the norm of the gradient before.
+
+        The gradients are already summed over the ranks, so all ranks do the same: nothing but
+        forgetting the gradients where the norm is not finite.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        norm = float("nan")
+        if not self.stage:
+            norm = self._clip()
+        self.deepspeed.step()
+        if self.stage and not self.deepspeed.optimizer.overflow:
+            norm = float(self.deepspeed.get_global_grad_norm())  # type: ignore[arg-type]
+        return norm
+
+    def _clip(self) -> float:
+        """Without ZeRO: as DeepSpeed's own optimizers do."""
+        gradients = [p.grad for p in self.named.values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.scale.value
+        if norm != norm or norm == float("inf"):
+            for parameter in self.named.values():
+                parameter.grad = None  # the optimizer leaves these alone
+        elif (factor := min(1.0, self.clip / (norm + 1e-6)) / self.scale.value) != 1.0:
+            torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]
+        return norm
+
+    def group_norms(self) -> dict[str, float]:
+        """Norm of the gradient of each group of parameters, after backward and before `update`.
+
+        Empty where the optimizer's state is offloaded: the gradients are not at hand then.
+        """
+        optimizer = self.deepspeed.optimizer
+        groups = optimizer.param_groups
+        if self.offload:
+            return {}
+        squares: dict[str, Tensor] = {}
+        for number, pieces in self._pieces():
+            name = groups[number]["name"]
+            own = [piece.float() for piece in pieces if piece is not None]
+            total = torch.nn.utils.get_total_norm(own).square() if own else torch.zeros(())
+            squares[name] = squares.get(name, torch.zeros((), device=self.device)) + total.to(self.device)
+        if not squares:
+            return {}
+        values = torch.stack(list(squares.values()))
+        if self.stage:
+            values = sum_over_ranks(values)
+        scales = values.sqrt() / self.scale.value
+        return dict(zip(squares, scales.tolist(), strict=True))
+
+    def _pieces(self) -> Iterator[tuple[int, list[Tensor | None]]]:
+        """(number of a parameter group, gradients that this rank holds of it)."""
+        optimizer = self.deepspeed.optimizer
+        if not self.stage:
+            for number, group in enumerate(optimizer.param_groups):
+                yield number, [parameter.grad for parameter in group["params"]]
+            return
+        for number, pieces in optimizer.averaged_gradients.items():
+            group = optimizer.sub_group_to_group_id[number] if self.stage == 3 else number
+            yield group, list(pieces or [])
+
+    def close(self) -> None:
+        """Give back what the engine holds; the module stays usable below ZeRO-3."""
+        self.deepspeed.destroy()
+
+
+def _keep_encoder_whole(objective: nn.Module) -> None:
+    """Take the frozen encoder out of the modules that ZeRO-3 cuts into pieces: ranks run it for as
+    many pictures as they have, and a module in pieces has to run equally often on all."""
+    model: Any = objective.model
+    if encoder := model._modules.pop("vision_encoder", None):
+        model.__dict__["vision_encoder"] = encoder
+
+
+@contextmanager
+def partitioned(recipe: Recipe, world: int) -> Iterator[None]:
+    """Within this `with`, transformers loads models in pieces over the ranks, under ZeRO-3."""
+    if recipe.zero_stage < 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # Here "bf16" says in what the pieces are kept.
+    loading = {"bf16": {"enabled": recipe.model.frozen_dtype == "bfloat16"}}
+    held = HfDeepSpeedConfig({**configuration(recipe, world), **loading})
+    try:
+        yield
+    finally:
+        del held
+        unset_hf_deepspeed_config()
+
+
+def gathered(parameters: Any, changed: bool = False) -> AbstractContextManager[Any]:
+    """Within this `with` parameters are whole, also under ZeRO-3; changed: rank 0's changes stay."""
+    listed = [p for p in parameters if hasattr(p, "ds_id")]
+    if not listed:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(listed, modifier_rank=0 if changed else None)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo.data.draws import draw
 from flamingo.data.errors import Skipped
 from flamingo.data.packing import Rows, packed, padded
 from flamingo.data.steps import StepBatches, StepDataset, step_loader
-from flamingo.train import checkpoint
+from flamingo.train.checkpoint import Checkpoints
 from flamingo.train.config import Recipe
-from flamingo.train.engine import clip_and_step, sum_over_ranks
+from flamingo.train.engine import Engine, sum_over_ranks
 from flamingo.train.faults import Faults
 from flamingo.train.metrics import Metrics, gates
+from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
 from flamingo.train.optim import learning_rate
 
@@ -25,29 +27,27 @@ class Trainer:
     """Owns the number of consumed steps, which is all the state that the data has."""
 
     def __init__(
-        self, recipe: Recipe, engine: Any, dataset: StepDataset, metrics: Metrics, world: int, faults: Faults
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        dataset: StepDataset,
+        metrics: Metrics,
+        faults: Faults,
+        nonfinite: NonFinite,
+        checkpoints: Checkpoints,
+        pack_tokens: int,
     ):
-        self.recipe, self.engine, self.dataset, self.metrics, self.world = (
-            recipe,
-            engine,
-            dataset,
-            metrics,
-            world,
-        )
-        self.faults = faults
-        self.objective: Objective = engine.module
+        self.recipe, self.engine, self.dataset, self.metrics = recipe, engine, dataset, metrics
+        self.faults, self.nonfinite, self.checkpoints = faults, nonfinite, checkpoints
+        self.objective: Objective = engine.module  # type: ignore[assignment]
         self.names = [source.name for source in recipe.sources]
-        self.pack_tokens = recipe.pack_tokens
-        if self.pack_tokens and not self.objective.model.packs():
-            self.pack_tokens = 0
-            metrics.say("this language model mixes documents that share a row: one document a row")
+        self.pack_tokens = pack_tokens
 
-    def run(self, start: int) -> None:
-        """Train from step `start` (steps already done) to the recipe's last."""
-        recipe, last = self.recipe, self.recipe.steps
-        folder, saved = recipe.run / "checkpoints", start
+    def run(self, start: int, stop: int) -> None:
+        """Train from step `start` (steps already done) to `stop`, and leave a checkpoint there."""
+        recipe, last, saved = self.recipe, self.recipe.steps, start
         began = time.monotonic()
-        for step, batches in enumerate(step_loader(self.dataset, start, last, recipe.workers), start):
+        for step, batches in enumerate(step_loader(self.dataset, start, stop, recipe.workers), start):
             waited = time.monotonic() - began
             record = self.train_step(step, batches)
             record["seconds"] = round(time.monotonic() - began, 4)  # with the wait for the data
@@ -59,33 +59,40 @@ class Trainer:
             if (step + 1) % recipe.log_every == 0 or step + 1 == last:
                 self.metrics.write(self._rates(record))
             if recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0:
-                checkpoint.save(self.engine, folder, step + 1, recipe.identity())
+                self.checkpoints.save(self.engine, step + 1)
                 saved = step + 1
             began = time.monotonic()
-        if saved < last:
-            checkpoint.save(self.engine, folder, last, recipe.identity())
+        if saved < stop:
+            self.checkpoints.save(self.engine, stop)
+        self.checkpoints.finish()
 
     def train_step(self, step: int, batches: StepBatches) -> dict[str, Any]:
         """One optimizer step over all sources, micro-batches and ranks; its record."""
+        recipe, engine = self.recipe, self.engine
+        # What is drawn in a step (dropout) follows from it, so a resumed run draws the same.
+        torch.manual_seed(draw(recipe.seed, "step", step, self.dataset.rank) >> 1)
         targets = self.count_targets(batches)
-        rate = learning_rate(step, self.recipe.steps, self.recipe.optimizer)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        rate = learning_rate(step, recipe.steps, recipe.optimizer)
         sums = torch.zeros(len(self.names), dtype=torch.float64)
-        for number in range(self.recipe.accumulation):
-            loss, parts = self.engine(self.rows(batches, number), targets)
-            # DeepSpeed averages over ranks; the objective already counts tokens of all ranks.
-            self.engine.backward(loss * self.world, scale_wrt_gas=False)
+        for number in range(recipe.accumulation):
+            loss, parts = engine(self.rows(batches, number), targets)
+            engine.backward(loss)
             sums += parts.cpu()
-            if number + 1 < self.recipe.accumulation:
-                self.engine.step()
+            if number + 1 < recipe.accumulation:
+                engine.next_part()
         losses = self._mean(sums, targets)
-        self._check_finite(step, losses, batches)
+        norms = engine.group_norms()
+        norm = engine.update(rate)
+        local = dict(zip(self.names, sums.tolist(), strict=True))
+        skipped = self.nonfinite.note(step + 1, losses, norm, local, batches, engine.scale)
+        engine.scale.update(not skipped)
         return {
             "step": step + 1,
-            "loss": losses,
+            "loss": {name: loss for name, loss in losses.items() if math.isfinite(loss)},
             "lr": rate,
-            "grad_norm": round(clip_and_step(self.engine, self.recipe), 6),
+            "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
+            "grad_norms": {n: round(value, 6) for n, value in norms.items() if math.isfinite(value)},
+            **({"step_skipped": 1} if skipped else {}),
             **gates(self.objective.model.gated_blocks),
             **self._sizes(batches),
         }
@@ -119,16 +126,6 @@ class Trainer:
         total = sum_over_ranks(sums.to(self.engine.device)).tolist()
         each = zip(self.names, total, strict=True)
         return {name: round(nll / targets[name], 6) for name, nll in each if targets[name]}
-
-    def _check_finite(self, step: int, losses: dict[str, float], batches: StepBatches) -> None:
-        """Decided on sums over all ranks, so all ranks stop together."""
-        bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
-        if bad:
-            keys = [key for name in bad for batch in batches[name] for key in batch.keys]
-            raise ValueError(
-                f"the loss of {', '.join(bad)} is not finite at step {step + 1}; weights are as after "
-                f"step {step}. A lower optimizer.lr is the usual cure. Samples of this rank: {keys[:8]}"
-            )
 
     @staticmethod
     def _skipped(batches: StepBatches) -> list[Skipped]:

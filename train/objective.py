@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flamingo.data.packing import Rows
+from flamingo.data.packing import Rows, with_image
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.train.features import FeatureCache
 
@@ -26,10 +26,13 @@ class Objective(nn.Module):
         weights: Mapping[str, float],
         cache: FeatureCache,
         autocast: torch.dtype,
+        z_loss: float = 0.0,
     ):
+        """z_loss: weight of the mean squared log of the softmax's sum, beside each source's loss
+        (as Laurencon et al. 2023 train IDEFICS; it keeps logits from drifting)."""
         super().__init__()
         self.model, self.weights, self.cache, self.autocast = model, dict(weights), cache, autocast
-        self.register_state_dict_post_hook(_trained_only)
+        self.z_loss = z_loss
 
     def forward(
         self, passes: Sequence[Rows], targets: Mapping[str, int], blank: bool = False
@@ -44,37 +47,38 @@ class Objective(nn.Module):
         share = torch.tensor(shares, device=self.model.device)
         loss = torch.zeros((), device=self.model.device)
         sums = torch.zeros(len(shares), dtype=torch.float64, device=self.model.device)
-        whole = bool(passes)
-        for rows in passes:
+        for rows in passes:  # also without a target: the other ranks run the same modules
             source = rows.target_source
-            whole &= bool(len(source) and rows.image_keys)
-            if not len(source):
-                continue
-            nll = self._nll(rows, blank)
+            nll, logits = self._nll(rows, blank)
             sums.index_add_(0, source, nll.detach().double())
+            if self.z_loss:
+                nll = nll + self.z_loss * torch.logsumexp(logits.float(), dim=-1).square()
             loss = loss + (nll * share[source]).sum()
-        if torch.is_grad_enabled() and not whole:
-            # A rank without images or targets still takes part in every reduction.
-            loss = loss + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        if torch.is_grad_enabled():
+            # What no row of this rank uses still takes part in every reduction.
+            whole = [p for p in self.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
+            loss = loss + 0.0 * sum(p.sum() for p in whole)
         return loss, sums
 
-    def _nll(self, rows: Rows, blank: bool) -> Tensor:
-        """NLL of each target, row by row: float32[M]."""
-        device, images = self.model.device, len(rows.image_keys)
-        grids = self.cache.blank(images) if blank else self.cache.grids(rows)
+    def _nll(self, rows: Rows, blank: bool) -> tuple[Tensor, Tensor]:
+        """NLL of each target, row by row: float32[M]; and its logits, float[M, V]."""
+        device = self.model.device
+        if not rows.image_keys:
+            # Under ZeRO-3 all ranks must run the same modules: a picture that no target sees.
+            rows, grids = with_image(rows, self.model.config.image_token_id), self.cache.blank(1)
+        else:
+            grids = self.cache.blank(len(rows.image_keys)) if blank else self.cache.grids(rows)
         with torch.autocast(device.type, self.autocast, enabled=self.autocast != torch.float32):
             out = self.model(
                 input_ids=rows.input_ids,
                 attention_mask=rows.attention_mask,
                 segment_ids=rows.segment_ids,
                 look_ahead=rows.look_ahead,
-                media=self.model.media(grids=_by_clip(grids, rows.frames), frames=rows.frames)
-                if images
-                else None,
+                media=self.model.media(grids=_by_clip(grids, rows.frames), frames=rows.frames),
                 labels=rows.labels,
                 reduction="none",
             )
-        return out.loss
+        return out.loss, out.logits[0]
 
 
 def _by_clip(grids: Tensor, frames: Tensor | None) -> Tensor:
@@ -87,10 +91,3 @@ def _by_clip(grids: Tensor, frames: Tensor | None) -> Tensor:
     clips = grids.new_zeros(*mine.shape, *grids.shape[1:])
     clips[mine] = grids
     return clips
-
-
-def _trained_only(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    """A checkpoint holds what is trained: tied weights and buffers of the frozen part go too."""
-    trained = {prefix + name for name, p in module.named_parameters() if p.requires_grad}
-    for name in [name for name in state if name not in trained]:
-        del state[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,32 +11,78 @@ from torch import nn
 from flamingo.train.config import OptimizerConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups: matrices of the gated blocks decay, the rest does not.
+def group_of(name: str, in_tables: bool = False) -> str:
+    """The group (`config.Group`) of a trained parameter, by its name in the model.
 
-    Alayrac et al. 2022, appendix B.1.2: no decay on the resampler; gates, norms and
-    embeddings are no matrices of a projection.
+    in_tables: it is one of the LM's own embedding tables, unfrozen.
     """
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = "gated_blocks." in name and parameter.ndim == 2
-            (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    if "lora_" in name:
+        return "lora"
+    if name.endswith(("attn_gate", "ff_gate")):
+        return "gates"
+    if in_tables or "added_tokens." in name:
+        return "embeddings"
+    rooms = ("gated_blocks", "resampler", "language_model", "vision_encoder")
+    return next(room for room in rooms if f"{room}." in name)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """name -> parameter of all that is trained, each once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trained parameters by group, those that decay apart: for the optimizer, with `name`, `factor`.
+
+    Alayrac et al. 2022, appendix B.1.2: decay on matrices of the gated blocks, none on the
+    resampler; gates, norms and embeddings are no matrices of a projection.
+    """
+    tables = {id(parameter) for parameter in _tables(model)}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained(model).items():
+        group = group_of(name, id(parameter) in tables)
+        # Under ZeRO-3 a parameter lies flat in pieces, and remembers the shape that it had.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        groups.setdefault((group, group == "gated_blocks" and len(shape) == 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "name": group,
+            "factor": config.lr_factors.get(group, 1.0),  # type: ignore[call-overload]
+        }
+        for (group, decays), parameters in groups.items()
+    ]
+
+
+def _tables(model: nn.Module) -> list[nn.Parameter]:
+    """The LM's own embedding tables, if the model or what it wraps has any."""
+    inner: Any = getattr(model, "model", model)
+    if not hasattr(inner, "get_input_embeddings"):
+        return []
+    return [part.weight for part in (inner.get_input_embeddings(), inner.get_output_embeddings())]
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW in one fused kernel over the trained parameters."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """The rate of step 0..steps-1, a pure function: resuming needs no state."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "constant":
-        return config.lr * warm
-    done = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * cosine)
+    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * _height(step, steps, config))
+
+
+def _height(step: int, steps: int, config: OptimizerConfig) -> float:
+    """1 at first, 0 at the end; a constant rate stays at 1."""
+    after = max(1, steps - config.warmup_steps)
+    done = min(1.0, max(0, step - config.warmup_steps) / after)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "linear":
+        return 1 - done
+    if config.schedule == "wsd":
+        return min(1.0, (steps - step) / max(1.0, config.decay_share * steps))
+    return 1.0

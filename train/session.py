@@ -1,9 +1,11 @@
-"""A whole training run on this rank: open everything, train, export."""
+"""A whole training run on this rank: open everything, train, export.
+
+What is unfrozen on the way begins a new phase: a checkpoint, and a new engine that goes on from it.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -14,18 +16,23 @@ from flamingo.attention import attend_plainly
 from flamingo.data.features import FeatureShards
 from flamingo.data.kinds import longest_clip
 from flamingo.data.steps import StepDataset, open_feeds
-from flamingo.factory import create
 from flamingo.features import fingerprint
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import short_attention, tune_cpu
 from flamingo.train import checkpoint, engine, manifest
+from flamingo.train.checkpoint import Checkpoints, Saved
 from flamingo.train.config import Recipe
+from flamingo.train.export import assemble, export_run
 from flamingo.train.faults import Faults
 from flamingo.train.features import FeatureCache
 from flamingo.train.loop import Trainer
 from flamingo.train.metrics import Metrics
+from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
+from flamingo.train.optim import trained
+from flamingo.train.parts import adapters_to_training, boundaries, compile_parts, new_at, unfreeze
+from flamingo.train.precision import LossScale
 
 RECIPE = "recipe.yaml"
 
@@ -83,16 +90,12 @@ def train(recipe: Recipe, resume: bool = False, accept_changed_shards: bool = Fa
 
 def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool) -> None:
     torch.manual_seed(recipe.seed)
-    model, processor = create(
-        vision=recipe.model.vision,
-        language=recipe.model.language,
-        vision_options=recipe.model.vision_options,
-        frozen_dtype=getattr(torch, recipe.model.frozen_dtype),
-        seed=recipe.seed,
-        **recipe.model.architecture,
-    )
-    model.to(engine.device()).train()  # type: ignore[arg-type]
+    with engine.partitioned(recipe, world):
+        model, processor = assemble(recipe, engine.gathered)
+    model.to(engine.device())  # type: ignore[arg-type]
     attend_plainly(model.language_model)
+    if recipe.activation_checkpointing:
+        model.gradient_checkpointing_enable()
     stored = None
     if recipe.features:
         encoder = fingerprint(model.vision_encoder, model.config.vision_config)  # type: ignore[arg-type]
@@ -100,23 +103,69 @@ def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool) ->
     cache = FeatureCache(model, recipe.feature_cache_gb, stored=stored)
     dataset = open_data(recipe, model, processor, cache, rank, world)
     weights = {source.name: source.weight for source in recipe.sources}
-    objective = Objective(model, weights, cache, getattr(torch, recipe.autocast))
-    wrapped = engine.wrap(objective, recipe, world)
-    found = checkpoint.newest(recipe.run / "checkpoints", recipe.identity())
-    start = checkpoint.load(wrapped, found) if found else 0
+    objective = Objective(model, weights, cache, getattr(torch, recipe.autocast), recipe.z_loss)
+    saved = _newest(recipe, rank)
+    start = first = saved.step if saved else 0
     _together(rank, lambda: begin(recipe))
     _together(rank, lambda: manifest.check(recipe.run, manifest.manifest(dataset.feeds), accept))
     metrics = Metrics(recipe.run, recipe.steps, start, writes=rank == 0)
-    if start:
-        metrics.say(f"going on from {found}")
+    if saved:
+        metrics.say(f"going on from {saved.path}")
+    faults = Faults(recipe.run, start, recipe.max_bad_samples, rank)
+    nonfinite = NonFinite(recipe.run, recipe.max_skipped_steps, rank)
+    checkpoints = Checkpoints(
+        recipe.run / "checkpoints", recipe.identity(), recipe.checkpoint_keep, recipe.checkpoint_background
+    )
+    packs = recipe.pack_tokens
     try:
-        faults = Faults(recipe.run, start, recipe.max_bad_samples, rank)
-        Trainer(recipe, wrapped, dataset, metrics, world, faults).run(start)
+        for stop in (stop for stop in boundaries(recipe) if stop > start or stop == recipe.steps):
+            wrapped = _phase(recipe, objective, world, saved)
+            if packs and not model.packs():
+                packs = 0
+                metrics.say("this language model mixes documents that share a row: one document a row")
+            Trainer(recipe, wrapped, dataset, metrics, faults, nonfinite, checkpoints, packs).run(start, stop)
+            wrapped.close()
+            start, saved = stop, _newest(recipe, rank)
     finally:
         metrics.close()
+    seconds = time.monotonic() - began
+    counts = _counts(model)
+    del wrapped, objective, cache, model
     if rank == 0:
-        export(model, processor, recipe.run / "model")
-        _summary(recipe, model, world, start, time.monotonic() - began)
+        export_run(recipe.run, recipe.run / "model")
+        _summary(recipe, counts, world, first, seconds)
+    torch.distributed.barrier()
+
+
+def _phase(recipe: Recipe, objective: Objective, world: int, saved: Saved | None) -> engine.Engine:
+    """An engine that trains what is due after `saved`, with its weights and optimizer state."""
+    step = saved.step if saved else 0
+    unfreeze(objective.model, recipe, step)
+    objective.model.train()
+    adapters_to_training(objective.model)
+    if saved:
+        named = trained(objective)
+        saved.check(named, new_at(objective.model, recipe, step))
+        saved.weights_into(named)
+    wrapped = engine.Engine(objective, recipe, world, LossScale.of(recipe.autocast))
+    if saved:
+        saved.moments_into(wrapped)
+    if recipe.compile:
+        compile_parts(objective.model)
+    return wrapped
+
+
+def _newest(recipe: Recipe, rank: int) -> Saved | None:
+    """The newest undamaged checkpoint, which rank 0 looks for."""
+    found: list[str | None] = [None]
+
+    def look() -> None:
+        path = checkpoint.newest(recipe.run / "checkpoints", recipe.identity())
+        found[0] = str(path) if path else None
+
+    _together(rank, look)
+    torch.distributed.broadcast_object_list(found, src=0)
+    return Saved(Path(found[0])) if found[0] else None
 
 
 def open_data(
@@ -155,26 +204,15 @@ def _check_clips(recipe: Recipe, trained: int | None) -> None:
             )
 
 
-@torch.no_grad()
-def export(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, out: Path) -> None:
-    """A folder for `from_pretrained`, in the dtype of the frozen part; complete or absent."""
-    part = out.with_suffix(".part")
-    dtype = next(model.language_model.parameters()).dtype
-    model.to(dtype).save_pretrained(part)  # type: ignore[arg-type]
-    processor.save_pretrained(part)
-    old = out.with_suffix(".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _summary(recipe: Recipe, model, world: int, start: int, seconds: float) -> None:
-    """What a report wants to know of the run: `train.json`."""
+def _counts(model: FlamingoForConditionalGeneration) -> dict[bool, int]:
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
+        counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    return counts
+
+
+def _summary(recipe: Recipe, counts: dict[bool, int], world: int, start: int, seconds: float) -> None:
+    """What a report wants to know of the run: `train.json`."""
     summary = {
         "steps": recipe.steps,
         "resumed_at": start,

@@ -82,6 +82,27 @@ def padded(batches: Sequence[Batch | None]) -> list[Rows]:
     ]
 
 
+def with_image(rows: Rows, image_token_id: int) -> Rows:
+    """The same and one row more, an image of which nothing is learned. Its picture is the caller's."""
+
+    def add(values: Tensor | None, first: int, others: int) -> Tensor | None:
+        if values is None:
+            return None
+        row = torch.full_like(values[:1], others)
+        row[:, 0] = first
+        return torch.cat((values, row))
+
+    return replace(
+        rows,
+        input_ids=add(rows.input_ids, image_token_id, 0),
+        labels=add(rows.labels, IGNORE, IGNORE),
+        source=add(rows.source, 0, 0),
+        attention_mask=add(rows.attention_mask, 1, 0),
+        segment_ids=add(rows.segment_ids, 0, -1),
+        look_ahead=add(rows.look_ahead, 0, 0),
+    )
+
+
 @dataclass
 class _Piece:
     """One document of one batch: its tokens, which of all pictures are its own, and how many of

@@ -5,51 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 import yaml
-from transformers import AutoConfig
 
-from flamingo.config import FlamingoConfig, FlamingoVisionConfig
-from flamingo.data.batch import IGNORE, Batch
+from flamingo.data.batch import Batch
 from flamingo.modeling import FlamingoForConditionalGeneration
-
-WORDS = 20
-END_OF_CHUNK, IMAGE = WORDS, WORDS + 1
+from tests.train import tiny
 
 
 @pytest.fixture
 def model() -> FlamingoForConditionalGeneration:
-    """LLaMA of 2 layers, gates open, in training mode."""
-    torch.manual_seed(0)
-    text = AutoConfig.for_model(
-        "llama",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        vocab_size=WORDS,
-        initializer_range=0.3,
-    )
-    config = FlamingoConfig(
-        text_config=text,
-        vision_config=FlamingoVisionConfig(
-            source="timm", name="test_efficientnet", image_size=64, width=256, grid=[2, 2]
-        ),
-        first_added_token_id=WORDS,
-        end_of_chunk_token_id=END_OF_CHUNK,
-        image_token_id=IMAGE,
-        resampler_depth=1,
-        resampler_width=16,
-        resampler_heads=2,
-        resampler_head_dim=8,
-        resampler_latents=3,
-        cross_attention_every=1,
-        cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        gate_init=0.7,
-        initializer_range=0.3,
-    )
-    return FlamingoForConditionalGeneration(config).train()
+    return tiny.tiny_model()
 
 
 MakeBatch = Callable[..., Batch]
@@ -57,45 +22,7 @@ MakeBatch = Callable[..., Batch]
 
 @pytest.fixture(scope="session")
 def make_batch() -> MakeBatch:
-    """make_batch([6, 4], images=[1, 0]): rows of so many words after so many pictures.
-
-    Loss on the second half of each row. A row is the same in whatever batch it stands.
-    """
-
-    def row(number: int, words: int, images: int) -> tuple[list[int], list[int]]:
-        text = torch.randint(3, WORDS, (words,), generator=torch.Generator().manual_seed(number))
-        ids = [IMAGE] * images + text.tolist() + [END_OF_CHUNK]
-        learned = words // 2
-        return ids, [IGNORE] * (len(ids) - learned) + ids[len(ids) - learned :]
-
-    def make(words: list[int], images: list[int], first: int = 0, side: int = 64) -> Batch:
-        numbers = range(first, first + len(words))
-        rows = [row(*fields) for fields in zip(numbers, words, images, strict=True)]
-        longest = max(len(ids) for ids, _ in rows)
-
-        def pad(values: list[int], fill: int) -> list[int]:
-            return values + [fill] * (longest - len(values))
-
-        keys = [
-            f"picture {number}.{i}"
-            for number, count in zip(numbers, images, strict=True)
-            for i in range(count)
-        ]
-        pictures = [
-            torch.randn(3, side, side, generator=torch.Generator().manual_seed(sum(key.encode())))
-            for key in keys
-        ]
-        return Batch(
-            input_ids=torch.tensor([pad(ids, 0) for ids, _ in rows]),
-            attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in rows]),
-            labels=torch.tensor([pad(labels, IGNORE) for _, labels in rows]),
-            pixel_values=torch.stack(pictures) if pictures else torch.zeros(0, 3, side, side),
-            pixel_index=torch.arange(len(keys)),
-            image_keys=keys,
-            keys=[f"document {number}" for number in numbers],
-        )
-
-    return make
+    return tiny.make_batch
 
 
 RECIPE = {

@@ -7,22 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from flamingo.data.writing import fingerprint
 from flamingo.train import checkpoint
 
 IDENTITY = {"seed": 0, "model": {"language": "a"}, "sources": [{"name": "x", "weight": 1.0}]}
 FILES = {
-    "state/mp_rank_00_model_states.pt": b"weights" * 100,
-    "state/optim_states.pt": b"moments" * 100,
+    "rank-00000-000.safetensors": b"weights and moments" * 100,
+    "rank-00001-000.safetensors": b"the other rank's" * 100,
 }
 
 
 def write(folder: Path, step: int, identity: dict = IDENTITY) -> Path:
-    """A checkpoint as `save` makes it, with other bytes in place of DeepSpeed's."""
+    """A checkpoint as `Checkpoints` makes it, with other bytes in place of tensors."""
     target, part = folder / f"step-{step:06d}", folder / f".step-{step:06d}.part"
+    part.mkdir(parents=True)
     for name, content in FILES.items():
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_bytes(content + str(step).encode())
-    checkpoint._complete(part, target, step, identity)
+        (part / f"{name[:10]}.json").write_text(json.dumps({name: fingerprint(part / name)}))
+    manifest = {"format": checkpoint.FORMAT, "step": step, "identity": identity}
+    checkpoint._rename(part, target, manifest)
     return target
 
 
@@ -76,10 +79,20 @@ def test_a_manifest_that_is_none_is_damage(tmp_path, text):
 
 
 def test_a_file_that_the_manifest_does_not_know_is_damage(tmp_path):
-    """DeepSpeed's loader unpickles what it finds by name."""
     path = write(tmp_path, 1)
-    (path / "state" / "zero_pp_rank_1_optim_states.pt").write_bytes(b"from elsewhere")
-    assert "zero_pp_rank_1_optim_states.pt" in str(checkpoint.damage(path))
+    (path / "rank-00002-000.safetensors").write_bytes(b"from elsewhere")
+    assert "rank-00002-000.safetensors" in str(checkpoint.damage(path))
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.5, 0.7, 0.95])
+def test_a_bit_of_the_manifest_that_flips_is_damage(tmp_path, place):
+    path = write(tmp_path, 1) / "manifest.json"
+    good = path.read_bytes()
+    for bit in range(8):
+        data = bytearray(good)
+        data[int(place * len(good))] ^= 1 << bit
+        path.write_bytes(bytes(data))
+        assert checkpoint.damage(path.parent)
 
 
 def test_the_newest_undamaged_one_is_taken_whatever_the_number_of_digits(tmp_path):
@@ -91,8 +104,8 @@ def test_the_newest_undamaged_one_is_taken_whatever_the_number_of_digits(tmp_pat
 def test_one_that_was_never_renamed_into_place_does_not_count(tmp_path):
     good = write(tmp_path, 1)
     part = tmp_path / ".step-000002.part"
-    (part / "state").mkdir(parents=True)
-    (part / "state" / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    part.mkdir(parents=True)
+    (part / "rank-00000-000.safetensors").write_bytes(b"half")
     assert checkpoint.newest(tmp_path, IDENTITY) == good
 
 
@@ -103,7 +116,7 @@ def test_without_checkpoints_there_is_none(tmp_path):
 
 def test_when_all_are_damaged_the_run_does_not_silently_start_again(tmp_path):
     for step in (1, 2):
-        alter(write(tmp_path, step) / "state" / "optim_states.pt")
+        alter(write(tmp_path, step) / "rank-00001-000.safetensors")
     with pytest.raises(ValueError, match="all 2 checkpoints are damaged"):
         checkpoint.newest(tmp_path, IDENTITY, lambda text: None)
 
@@ -139,5 +152,5 @@ def test_a_changed_source_is_a_difference():
 
 
 def test_writing_a_step_again_replaces_a_damaged_attempt(tmp_path):
-    alter(write(tmp_path, 1) / "state" / "optim_states.pt")
+    alter(write(tmp_path, 1) / "rank-00001-000.safetensors")
     assert checkpoint.damage(write(tmp_path, 1)) is None

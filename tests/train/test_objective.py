@@ -212,17 +212,3 @@ def test_under_autocast_weights_and_gradients_stay_float32(model, make_batch):
     loss.backward()
     assert loss.dtype == torch.float32
     assert {value.dtype for value in gradients(objective).values()} == {torch.float32}
-
-
-def test_a_checkpoint_of_the_objective_holds_what_is_trained_and_nothing_else(objective):
-    state = {name: value.clone() for name, value in objective.state_dict().items()}
-    assert set(state) == {n for n, p in objective.named_parameters() if p.requires_grad}
-    assert len(objective.model.state_dict()) > len(state)  # the model by itself is whole
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter.add_(1.0)
-    frozen = objective.model.get_input_embeddings().weight.clone()
-    missing, unexpected = objective.load_state_dict(state, strict=False)
-    assert not unexpected and all("language_model" in n or "vision" in n for n in missing)
-    assert torch.equal(objective.model.resampler.latents, state["model.resampler.latents"])
-    assert torch.equal(objective.model.get_input_embeddings().weight, frozen)

@@ -52,28 +52,51 @@ def test_a_run_shorter_than_its_warm_up_only_rises():
     assert rates == [0.5, 1.0, 1.5]
 
 
+@pytest.mark.parametrize(
+    ("fields", "step", "rate"),
+    [
+        ({"schedule": "linear"}, 4, 2.0),
+        ({"schedule": "linear"}, 14, 1.0),
+        ({"schedule": "linear", "final_lr": 0.5}, 14, 1.5),
+        ({"schedule": "wsd", "decay_share": 0.25}, 17, 2.0),  # stable until a quarter is left
+        ({"schedule": "wsd", "decay_share": 0.25}, 21, 1.0),
+        ({"schedule": "wsd", "decay_share": 0.25, "final_lr": 0.1}, 23, 2 * (0.1 + 0.9 / 6)),
+    ],
+)
+def test_linear_and_wsd_schedules(fields, step, rate):
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, **fields)
+    assert learning_rate(step, 24, config) == pytest.approx(rate)
+
+
 def test_only_matrices_of_the_gated_blocks_decay(model):
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, plain = parameter_groups(model, 0.1)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     matrices = ("attn.to_q", "attn.to_kv", "attn.to_out", "ff.1", "ff.3")
     expected = {f"gated_blocks.{i}.{matrix}.weight" for i in (0, 1) for matrix in matrices}
-    assert {names[p] for p in decayed["params"]} == expected
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
+    assert {names[p] for group in groups if group["weight_decay"] for p in group["params"]} == expected
+    assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
+
+
+def test_groups_have_learning_rates_of_their_own(model):
+    model.unfreeze("embeddings")
+    model.language_model.model.layers[0].self_attn.lora_A = torch.nn.Linear(2, 2)
+    config = OptimizerConfig(lr_factors={"gates": 10, "resampler": 0.5, "embeddings": 0.1, "lora": 3})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    factors = {names[p]: g["factor"] for g in parameter_groups(model, config) for p in g["params"]}
+    assert factors["gated_blocks.0.attn_gate"] == 10 and factors["gated_blocks.0.attn.to_q.weight"] == 1
+    assert factors["resampler.latents"] == 0.5 and factors["added_tokens.input"] == 0.1
+    assert factors["language_model.model.embed_tokens.weight"] == 0.1
+    assert factors["language_model.model.layers.0.self_attn.lora_A.weight"] == 3
 
 
 def test_every_trained_parameter_is_optimized_once_and_no_frozen_one(model):
-    grouped = [p for group in parameter_groups(model, 0.1) for p in group["params"]]
+    grouped = [p for group in parameter_groups(model, OptimizerConfig()) for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {p for p in model.parameters() if p.requires_grad}
-
-
-def test_without_gated_blocks_there_is_no_empty_group():
-    (group,) = parameter_groups(torch.nn.Linear(2, 2), 0.1)
-    assert group["weight_decay"] == 0.0
 
 
 def test_the_optimizer_is_as_the_recipe_says(model):
     config = OptimizerConfig(lr=3e-4, betas=(0.8, 0.95), weight_decay=0.2)
     groups = adamw(model, config).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+    assert {group["weight_decay"] for group in groups} == {0.2, 0.0}
     assert {(group["lr"], group["betas"]) for group in groups} == {(3e-4, (0.8, 0.95))}

@@ -1,0 +1,40 @@
+"""One step is the same step whatever splits it: ZeRO stages x ranks x micro-batches."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.train.ranks import in_ranks
+from tests.train.steps import gradients_of_all
+
+STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The gradient of one process, one micro-batch, no ZeRO."""
+    (found,) = in_ranks(1, tmp_path_factory.mktemp("reference"), gradients_of_all, [{"zero_stage": 0}])
+    return found[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_gradient_of_a_step_is_that_of_a_single_process(ranks, reference, tmp_path):
+    """Sources mixed, packed and not; on the last of three ranks there is no image at all."""
+    settings = [
+        {"zero_stage": stage, "accumulation": parts, "pack": pack}
+        for stage, parts, pack in itertools.product(STAGES, ACCUMULATIONS, (0, 32))
+    ]
+    for found in in_ranks(ranks, tmp_path, gradients_of_all, settings):
+        for setting, gradients in zip(settings, found, strict=True):
+            assert gradients.keys() == reference.keys()
+            names = reference.keys() - {"norms"}
+            off = sum(float((gradients[n] - reference[n]).double().square().sum()) for n in names) ** 0.5
+            size = sum(float(reference[n].double().square().sum()) for n in names) ** 0.5
+            assert off <= 1e-6 * size, setting
+            for name in names:
+                largest = float(reference[name].abs().max())
+                torch.testing.assert_close(gradients[name], reference[name], atol=1e-5 * largest, rtol=0)
+            assert gradients["norms"] == pytest.approx(reference["norms"], rel=1e-4)

@@ -1,0 +1,90 @@
+"""From a recipe to a model, and from a run's checkpoint to a folder for `from_pretrained`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+
+from flamingo.factory import Gathered, create
+from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.processing import FlamingoProcessor
+from flamingo.train import checkpoint
+from flamingo.train.checkpoint import WEIGHT, Saved
+from flamingo.train.config import Recipe
+from flamingo.train.parts import add_adapters, merge_adapters, unfreeze
+
+RECIPE = "recipe.yaml"
+
+
+def assemble(
+    recipe: Recipe, gathered: Gathered | None = None
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """The model that a recipe begins with, its adapters in place."""
+    model, processor = create(
+        vision=recipe.model.vision,
+        language=recipe.model.language,
+        vision_options=recipe.model.vision_options,
+        frozen_dtype=getattr(torch, recipe.model.frozen_dtype),
+        seed=recipe.seed,
+        gathered=gathered,
+        **recipe.model.architecture,
+    )
+    if recipe.lora:
+        add_adapters(model, recipe.lora)
+    return model, processor
+
+
+@torch.no_grad()
+def export_run(run: Path, out: Path) -> int:
+    """Write the model of a run's newest checkpoint, in the dtype of its frozen part; its step.
+
+    Adapters are merged into the LM. The folder is complete or absent; one that is there is
+    replaced. What was written is read again and compared.
+
+    Raises ValueError for a folder without a run or a checkpoint.
+    """
+    held = run / RECIPE
+    if not held.is_file():
+        raise ValueError(f"{run} holds no run (no {RECIPE}): name the folder of a training run")
+    recipe = Recipe.model_validate(yaml.safe_load(held.read_text()))
+    path = checkpoint.newest(run / "checkpoints", None)
+    if path is None:
+        raise ValueError(f"{run} has no checkpoint yet: train first")
+    saved = Saved(path)
+    model, processor = assemble(recipe)
+    unfreeze(model, recipe, saved.step - 1)
+    named = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    saved.check(named)
+    for name, parameter in named.items():
+        parameter.copy_(saved(WEIGHT, name))
+    if recipe.lora:
+        merge_adapters(model)
+    model.to(getattr(torch, recipe.model.frozen_dtype))  # type: ignore[arg-type]
+    _replace(model, processor, out)
+    return saved.step
+
+
+def _replace(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, out: Path) -> None:
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    _compare(model, part)
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _compare(model: FlamingoForConditionalGeneration, folder: Path) -> None:
+    """Raises OSError where a tensor is not what was written."""
+    again = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=next(model.parameters()).dtype)
+    read = again.state_dict()
+    for name, value in model.state_dict().items():
+        if name not in read or not torch.equal(read[name], value):
+            raise OSError(f"{folder}: {name} reads otherwise than it was written; is the disk sound?")

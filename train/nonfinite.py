@@ -1,0 +1,78 @@
+"""Steps without a finite loss or gradient: skipped by all ranks, kept aside, and limited."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flamingo.data.steps import StepBatches
+from flamingo.train.precision import LossScale
+
+KEPT = 3  # steps of a run whose batches are written
+
+
+class NonFinite:
+    """All ranks see the same losses and the same norm, so all decide alike.
+
+    limit: such steps in a row before the run stops. What the search for float16's loss scale
+    skips is none of them.
+    """
+
+    def __init__(self, run: Path, limit: int, rank: int):
+        self.folder, self.limit, self.rank = run / "nonfinite", limit, rank
+        self.row = self.written = 0
+
+    def note(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        norm: float,
+        local: Mapping[str, float],
+        batches: StepBatches,
+        scale: LossScale,
+    ) -> bool:
+        """Whether the step (from 1) was skipped.
+
+        losses: mean of each source over all ranks; local: summed NLL of this rank.
+        Raises ValueError on all ranks once there are more than `limit` in a row.
+        """
+        bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
+        if not bad and math.isfinite(norm):
+            self.row = 0
+            return False
+        if not bad and scale.expected():
+            return True
+        self.row += 1
+        here = [name for name, value in local.items() if not math.isfinite(value)]
+        if self.written < KEPT and (here or not bad):  # a bad gradient does not tell whose it is
+            self.written += 1
+            self._keep(step, here or list(batches), batches)
+        if self.row > self.limit:
+            what = f"the loss of {', '.join(bad)}" if bad else "the gradient"
+            raise ValueError(
+                f"{what} is not finite at step {step}, nor was it in the {self.row - 1} steps before; "
+                f"max_skipped_steps={self.limit}. Weights are as before. A lower optimizer.lr is the usual "
+                f"cure; {self.folder} has the samples"
+            )
+        return True
+
+    def _keep(self, step: int, names: list[str], batches: StepBatches) -> None:
+        """The keys and the tensors of this rank's micro-batches."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keys, tensors = {}, {}
+        for name in names:
+            for number, batch in enumerate(batches.get(name, [])):
+                keys[f"{name}/{number}"] = batch.keys
+                for field, value in vars(batch).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"{name}/{number}/{field}"] = value.to("cpu").contiguous()
+        place = self.folder / f"step-{step:06d}-rank-{self.rank:05d}"
+        place.with_suffix(".json").write_text(json.dumps({"step": step, "keys": keys}, indent=1) + "\n")
+        save_file({name: torch.atleast_1d(value) for name, value in tensors.items()}, f"{place}.safetensors")

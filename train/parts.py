@@ -1,0 +1,105 @@
+"""What is trained beside the connecting parts: adapters in the LM, and parts that are unfrozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flamingo.decoder import find_decoder_layers
+from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.train.config import LoraConfig, Recipe
+
+ADAPTER = "default"
+
+
+def add_adapters(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
+    """Put low-rank adapters into the LM, which stays frozen. They are float32 and trained.
+
+    Raises ValueError where PEFT is not installed or finds no such modules.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+    except ModuleNotFoundError:
+        raise ValueError("`lora` needs PEFT: pip install 'flamingo-vlm[adapters]'") from None
+    wanted = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+    )
+    try:
+        inject_adapter_in_model(wanted, model.language_model, ADAPTER)
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules={config.target_modules!r}: {error}") from None
+    for name, parameter in model.language_model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def merge_adapters(model: FlamingoForConditionalGeneration) -> None:
+    """Add what the adapters learned to the LM's own weights, and take them out."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.language_model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()  # type: ignore[operator]
+            owner, _, last = name.rpartition(".")
+            base: Any = module.get_base_layer()
+            setattr(model.language_model.get_submodule(owner), last, base)
+
+
+def boundaries(recipe: Recipe) -> list[int]:
+    """Steps at which something is unfrozen, and the end: a phase ends at each."""
+    starts = {part.start for part in recipe.unfreeze if 0 < part.start < recipe.steps}
+    return [*sorted(starts), recipe.steps]
+
+
+def unfreeze(model: FlamingoForConditionalGeneration, recipe: Recipe, step: int) -> None:
+    """Unfreeze what the recipe trains at `step`, in float32, and all adapters."""
+    due = [part.part for part in recipe.unfreeze if part.start <= step]
+    if due:
+        model.unfreeze(*due)
+        for name, module in model.trained_modules().items():
+            if name not in ("resampler", "gated_blocks", "added_tokens"):
+                _to_float32(module)
+    if recipe.lora:
+        for name, parameter in model.language_model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+
+
+def new_at(model: FlamingoForConditionalGeneration, recipe: Recipe, step: int) -> set[str]:
+    """Names of parameters that are trained from this very step on: no checkpoint has them yet."""
+    new = {part.part for part in recipe.unfreeze if part.start == step > 0}
+    modules = model.trained_modules()
+    owned = {
+        id(parameter)
+        for name, module in modules.items()
+        if name in new or ("embeddings" in new and name.endswith("_embeddings"))
+        for parameter in module.parameters()
+    }
+    prefix = "model."  # as the objective names them
+    return {prefix + name for name, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def adapters_to_training(model: FlamingoForConditionalGeneration) -> None:
+    """Their dropout works, in a frozen LM that stays in eval mode."""
+    for name, module in model.language_model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
+
+
+def compile_parts(model: FlamingoForConditionalGeneration) -> None:
+    """torch.compile each decoder layer, gated block and the resampler; rows vary in length."""
+    for module in (model.resampler, *model.gated_blocks, *find_decoder_layers(model.language_model)):
+        module.compile(dynamic=True)
+
+
+def _to_float32(module: nn.Module) -> None:
+    """Weights that are trained; buffers such as rotary frequencies stay as they are."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.float32)
