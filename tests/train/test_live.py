@@ -10,7 +10,6 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -216,10 +215,10 @@ def test_steps_that_are_not_reported_do_not_swallow_the_lines(capsys):
 def test_in_a_pipe_the_view_is_plain_and_may_lose_its_reader(tmp_path):
     done = tmp_path / "done"
     script = SCRIPT.replace('print("after", file=sys.stderr)', f"open({str(done)!r}, 'w').close()")
-    path = tmp_path / "run.py"
-    path.write_text(script.replace("MORE", "pass"))
     process = subprocess.Popen(
-        [sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path.cwd()
+        [sys.executable, "-c", script.replace("MORE", "pass")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"PlainView\n"

@@ -71,7 +71,7 @@ def whole_records(data: bytes) -> list:
         if at + 7 + length > len(data):
             break
         assert kind == 1, "a whole record"
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data[at + 7 : at + 7 + length])
         found.append(record)
         at += 7 + length
