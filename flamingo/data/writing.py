@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -116,18 +118,30 @@ def new_folder(out: Path) -> Iterator[Path]:
 def write_aside(path: Path, fill: Callable[[Path], V]) -> V:
     """`fill(temporary)` writes a file, which takes the name `path` if that ends well; its result.
 
-    Several processes may write the same file at once: each has its own temporary one.
+    Several processes may write the same file at once: each has its own temporary one. What a
+    process that was killed left of `path` goes.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}"):
+        _remove_unless_locked(left)
     try:
-        told = fill(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with open(temporary, "wb") as mark:
+            with suppress(OSError):  # a file system without locks; then nothing is cleared away either
+                fcntl.flock(mark, fcntl.LOCK_EX)  # tells the living from what a killed process left
+            told = fill(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
     return told
+
+
+def _remove_unless_locked(path: Path) -> None:
+    with suppress(OSError), open(path, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
 
 
 def fsync_folder(folder: Path) -> None:

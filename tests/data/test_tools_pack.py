@@ -8,6 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 from itertools import chain
 from pathlib import Path
@@ -21,9 +24,11 @@ from flamingo.data.document import Image, Text
 from flamingo.data.kinds._members import example_png as png
 from flamingo.data.shards import ShardSet
 from flamingo.data.stream import Stream
-from flamingo.data.tools.executors import Executor
+from flamingo.data.tools.executors import Executor, Task
 from flamingo.data.tools.pack import FolderLayout, TableLayout
 from flamingo.data.tools.planning import make_shards
+from flamingo.data.writing import write_aside
+from tests.data.tasks import die_or_say
 
 ONE = Executor(workers=1)
 
@@ -93,6 +98,36 @@ def test_processes_parts_and_interruptions_give_the_same_bytes(folder, tmp_path)
         assert (tmp_path / other / "dataset.json").read_bytes() == (
             tmp_path / "one" / "dataset.json"
         ).read_bytes()
+
+
+def test_what_a_killed_process_left_is_cleared_away_and_what_another_one_writes_is_not(tmp_path):
+    shard = tmp_path / "s-0.tar"
+    (tmp_path / ".s-0.tar.0123456789ab").write_bytes(b"half")
+    (tmp_path / ".s-0.tar.backup").touch()
+
+    def beside(path: Path) -> None:
+        write_aside(shard, lambda other: other.write_bytes(b"other"))  # at the same time
+        path.write_bytes(b"mine")
+
+    write_aside(shard, beside)
+    assert shard.read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".s-0.tar.backup", "s-0.tar"]
+
+
+def test_a_run_that_was_killed_goes_on_and_leaves_nothing_behind(folder, tmp_path):
+    (folder / "part 0" / "large.png").write_bytes(png() + bytes(64 << 20))
+    (folder / "part 0" / "large.txt").write_text("large")
+    options = [str(folder), str(tmp_path / "out"), "--workers", "1", "--samples-per-shard", "4"]
+    code = "from flamingo.cli import app; app()"
+    process = subprocess.Popen([sys.executable, "-c", code, "data", "pack", *options])
+    while process.poll() is None and not list((tmp_path / "out").glob(".shard-000001.*")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert "11 samples in 3 shards" in run("pack", *options)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {".cards", "dataset.json", *(f"shard-00000{n}.tar" for n in range(3))}
 
 
 def test_a_size_in_megabytes_cuts_by_the_sizes_of_files(tmp_path):
@@ -192,6 +227,31 @@ def test_a_table_of_any_form_gives_the_same_shards(folder, tmp_path, ending):
         [reference], tmp_path / "b", TableLayout(str(folder), text="text"), name="s", samples=3, executor=ONE
     )
     assert contents(out) == contents(tmp_path / "b")
+
+
+def test_a_csv_of_a_spreadsheet_and_a_parquet_with_pictures_inside_are_read(folder, tmp_path):
+    """A byte order mark, line ends of Windows, line breaks in fields; structs of bytes and path."""
+    table = folder / "sheet.csv"
+    lines = [f'part {n % 2}/{n}.png,"caption\r\n{n}"\r\n' for n in range(7)]
+    table.write_bytes(("image,text\r\n" + "".join(lines)).encode("utf-8-sig"))
+    options = ["--text-column", "text", "--samples-per-shard", 3, "--workers", 1]
+    assert "7 samples in 3 shards" in run("pack", table, tmp_path / "a", *options)
+    assert captions(tmp_path / "a" / "*.tar") == [f"caption\r\n{n}" for n in range(7)]
+    held = tmp_path / "held.parquet"
+    write_table(
+        held, [{"image": {"bytes": png((n, 0, 0)), "path": "gone.png"}, "text": f"{n}"} for n in range(7)]
+    )
+    assert "7 samples in 3 shards" in run("pack", held, tmp_path / "b", *options)
+    assert captions(tmp_path / "b" / "*.tar") == [f"{n}" for n in range(7)]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_fails_its_own_shard_alone(tmp_path):
+    words = ["a", "die", "b", "once", "c"]
+    tasks = [Task(f"{n}", die_or_say, (str(tmp_path / "mark"), word)) for n, word in enumerate(words)]
+    outcome = Executor(workers=2).run(tasks, "saying")
+    assert outcome.results == {"0": "a", "2": "b", "3": "once", "4": "c"}
+    assert "its process died" in outcome.failures["1"]
 
 
 def test_several_tables_share_a_shard(folder, tmp_path):
