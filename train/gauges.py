@@ -61,13 +61,6 @@ def norms(names: Iterable[str], squares: Tensor, digits: int = 6) -> dict[str, f
     return {name: round(root, digits) for name, root in zip(names, roots, strict=True)}
 
 
-def gradient_norms(groups: Mapping[str, Iterable[Tensor | None]]) -> dict[str, float]:
-    """Norm of each group's gradients, where they are whole on this rank; groups without any: 0."""
-    held = {name: [g for g in gradients if g is not None] for name, gradients in groups.items()}
-    device = next((g.device for part in held.values() for g in part), torch.device("cpu"))
-    return norms(held, squared_norms(held, device))
-
-
 def row_places(passes: Sequence[Rows]) -> int:
     """B x T of all rows of a micro-batch: with the tokens in them, it gives the padding's share."""
     return sum(rows.input_ids.numel() for rows in passes)

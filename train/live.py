@@ -168,6 +168,8 @@ class LiveView:
             console=console, get_renderable=self.render, refresh_per_second=refresh, transient=False
         )
         self._quietly(self.live.start)
+        # A run that is killed cannot bring a hidden cursor back.
+        self._quietly(lambda: self.console.show_cursor(True))
         forget = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _leave(forget()))
 

@@ -35,18 +35,22 @@ def test_gates_that_lie_on_another_rank_are_left_out():
     assert gauges.gates(nn.ModuleList([block])) == {}
 
 
+def norms(groups: dict) -> dict[str, float]:
+    return gauges.norms(groups, gauges.squared_norms(groups, torch.device("cpu")))
+
+
 def test_gradient_norms_are_those_of_each_group():
     torch.manual_seed(0)
     gates = [torch.randn(1), None, torch.randn(1)]
     blocks = [torch.randn(4, 8), torch.randn(8), torch.empty(0)]
-    found = gauges.gradient_norms({"gates": gates, "gated_blocks": blocks, "lora": []})
+    found = norms({"gates": gates, "gated_blocks": blocks, "lora": []})
     whole = {
         "gates": torch.cat([g for g in gates if g is not None]).norm().item(),
         "gated_blocks": torch.cat([g.flatten() for g in blocks]).norm().item(),
         "lora": 0.0,
     }
     assert found == pytest.approx(whole, abs=1e-6)
-    assert gauges.gradient_norms({}) == {}
+    assert norms({}) == {}
 
 
 def test_gradient_norms_of_shares_add_up_over_ranks():
@@ -60,12 +64,12 @@ def test_gradient_norms_of_shares_add_up_over_ranks():
 
 def test_gradients_in_half_precision_do_not_overflow():
     large = torch.full((10_000,), 200.0, dtype=torch.float16)  # squares end at 65504 in float16
-    found = gauges.gradient_norms({"resampler": [large]})
+    found = norms({"resampler": [large]})
     assert found["resampler"] == pytest.approx(20_000.0)
 
 
 def test_a_gradient_that_is_not_finite_shows_in_its_group_only():
-    found = gauges.gradient_norms({"a": [torch.tensor([math.nan])], "b": [torch.tensor([3.0, 4.0])]})
+    found = norms({"a": [torch.tensor([math.nan])], "b": [torch.tensor([3.0, 4.0])]})
     assert math.isnan(found["a"]) and found["b"] == 5.0
 
 

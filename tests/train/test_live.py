@@ -170,7 +170,12 @@ def test_a_terminal_survives_warnings_and_other_processes():
         "after",
     ):
         assert words in seen
-    assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1, "the cursor is hidden, and comes back"
+
+
+def test_a_run_that_is_killed_leaves_the_cursor_visible():
+    status, seen = on_terminal(SCRIPT.replace("MORE", "os.kill(os.getpid(), 9)"))
+    assert status == -9 and "step 2" in seen
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
 
 
 def test_a_run_whose_terminal_is_closed_goes_on(tmp_path):
