@@ -55,10 +55,10 @@ def squared_norms(groups: Mapping[str, Iterable[Tensor | None]], device: torch.d
     return sums
 
 
-def norms(names: Iterable[str], squares: Tensor, digits: int = 6) -> dict[str, float]:
+def norms(names: Iterable[str], squares: Tensor) -> dict[str, float]:
     """Norm of each group, of `squared_norms` in the order of `names`: one copy from the device."""
     roots = squares.sqrt().tolist()
-    return {name: round(root, digits) for name, root in zip(names, roots, strict=True)}
+    return {name: float(f"{root:.6g}") for name, root in zip(names, roots, strict=True)}
 
 
 def row_places(passes: Sequence[Rows]) -> int:
