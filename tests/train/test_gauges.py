@@ -49,7 +49,7 @@ def test_gradient_norms_are_those_of_each_group():
         "gated_blocks": torch.cat([g.flatten() for g in blocks]).norm().item(),
         "lora": 0.0,
     }
-    assert found == pytest.approx(whole, abs=1e-6)
+    assert found == pytest.approx(whole, rel=5e-6)
     assert norms({}) == {}
 
 
@@ -59,7 +59,7 @@ def test_gradient_norms_of_shares_add_up_over_ranks():
     shares = [whole[:37], whole[37:], torch.empty(0)]  # of three ranks
     device = torch.device("cpu")
     squares = torch.stack([gauges.squared_norms({"resampler": [s]}, device) for s in shares]).sum(0)
-    assert gauges.norms(["resampler"], squares)["resampler"] == pytest.approx(whole.norm().item(), abs=1e-5)
+    assert gauges.norms(["resampler"], squares)["resampler"] == pytest.approx(whole.norm().item(), rel=5e-6)
 
 
 def test_gradients_in_half_precision_do_not_overflow():
