@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 INDEX_VERSION = 1
 BLOCK = 512  # tar works in blocks of so many bytes
+PROBES = 64  # samples whose headers are compared with a stored index
+SHORT_NAME, HUGE = 100, 8 << 30  # bytes of a name and of a file that every tar header can tell
 LONGEST_NAME = 1 << 20  # bytes of an extended header; a larger one is damage or an attack
 _NAME = re.compile(r"(?!__[^/]*__/)((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # webdataset's rule
 
@@ -126,6 +128,27 @@ def build_index(path: Path) -> ShardIndex:
         _check_end(file, path, end, key)
     table = json.dumps(list(samples.items()), separators=(",", ":")).encode()
     return ShardIndex(stat.st_size, stat.st_mtime_ns, len(samples), table)
+
+
+def first_misfit(descriptor: int, samples: list[Sample]) -> tuple[str, int] | None:
+    """Key and byte of a member that the tar does not have where its index says; None: it fits.
+
+    Tars are padded to round sizes, so the index of another one may well have the right size. Of
+    many samples `PROBES` are looked at, spread over the shard.
+    """
+    for key, members in samples[:: max(1, len(samples) // PROBES)] + samples[-1:]:
+        for extension, (offset, size) in members.items():
+            block = os.pread(descriptor, BLOCK, max(0, offset - BLOCK))
+            try:
+                info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except (tarfile.TarError, ValueError):
+                return key, offset
+            name = f"{key}.{extension}"
+            # A long or foreign name, and the size of a huge file, stand in an extended header.
+            named = len(name) > SHORT_NAME or not name.isascii() or sample_name(info.name) == (key, extension)
+            if not named or info.size not in (size, 0 if size >= HUGE else size):
+                return key, offset
+    return None
 
 
 def sample_name(member: str) -> tuple[str, str] | tuple[None, None]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from flamingo.data.errors import BadSample, ShardError
 from flamingo.data.far import Far, listed
-from flamingo.data.index import Sample, ShardIndex, load_index, sha256
+from flamingo.data.index import Sample, ShardIndex, first_misfit, load_index, sha256
 from flamingo.data.places import Place, expand_all, names_of
 from flamingo.data.remote import Remote
 
@@ -143,6 +143,11 @@ class ShardSet:
         except ValueError as error:
             raise ShardError(place, str(error)) from None
         if isinstance(place, Path):
-            return _Open(samples, os.open(place, os.O_RDONLY))
-        assert self.far is not None
-        return _Open(samples, self.far.open(place))
+            opened = _Open(samples, os.open(place, os.O_RDONLY))
+        else:
+            assert self.far is not None
+            opened = _Open(samples, self.far.open(place))
+        if misfit := first_misfit(opened.descriptor, samples):
+            what = "its .index.jsonl is of another file: make it again with `flamingo data index`"
+            raise ShardError(place, what, *misfit)
+        return opened

@@ -209,6 +209,21 @@ def test_an_index_that_lies_is_not_believed(lie, server, source, quick, tmp_path
     assert contents(far_away(server, quick)) == contents(ShardSet(source.shards))
 
 
+def test_an_index_of_another_shard_of_the_same_size_is_an_error(server, source, quick, write_tar, pair):
+    number, count = 0, 5  # s-0.tar; the last sample alone differs, and the tars are padded alike
+    good = {f"{n:04d}": pair(n) for n in range(count)}
+    for change in ({"0004": {**pair(4), "txt": b"another caption"}}, {"9999": pair(4), "0004": {}}):
+        other = write_tar(
+            "other.tar", {key: members for key, members in {**good, **change}.items() if members}
+        )
+        assert other.stat().st_size == len(server.files[f"/data/s-{number}.tar"])
+        server.files[f"/data/s-{number}.tar.index.jsonl"] = spell(build_index(other))
+        there = ShardSet(f"{server.address}/data/s-{number}.tar", remote=quick)
+        with pytest.raises(ShardError, match=r"s-0\.tar.*its \.index\.jsonl is of another file"):
+            there.read(0, 0)
+        quick = quick.model_copy(update={"cache_dir": f"{quick.cache_dir}2"})
+
+
 def test_a_checksum_beside_the_shards_is_checked(server, source, quick, tmp_path):
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in tmp_path.glob("s-*.tar")}
     server.files["/data/dataset.json"] = json.dumps({"files": files}).encode()

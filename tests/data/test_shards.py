@@ -52,6 +52,16 @@ def test_every_cut_of_a_tar_is_detected_and_named(shard, tmp_path):
     assert len(everything(ShardSet(str(cut)))) == 6
 
 
+def test_names_and_forms_of_any_tar_fit_their_index(tmp_path):
+    names = ["a/" * 60 + "x.png", "фото.1.txt", "y" * 150 + ".PNG", "z.JSON", "b.dir/c.d.e"]
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        path = tmp_path / f"{form}.tar"
+        with tarfile.open(path, "w", format=form) as tar:
+            for name in names:
+                add(tar, name)
+        assert len(everything(ShardSet(str(path)))) == len(names)
+
+
 def test_a_damaged_header_does_not_hide_the_samples_behind_it(shard):
     data = bytearray(shard.read_bytes())
     at = data.find(b"0003.png")
