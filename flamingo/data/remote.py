@@ -228,6 +228,9 @@ class WebStore:
         with self._ask("GET", address, headers) as answer:
             if _tag(answer.headers) != info.tag:
                 raise Gone("the file was replaced while it was read")
+            told = answer.headers.get("Content-Range", f"bytes {start}-")
+            if answer.status_code == 206 and not told.startswith(f"bytes {start}-"):
+                raise Gone(f"asked for the bytes from {start} on, the server sent {told}")
             skip = start if answer.status_code == 200 else 0  # a server that ignores Range
             try:
                 # As it arrives: what was still waiting to fill a block would be lost in a break.

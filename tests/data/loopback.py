@@ -20,7 +20,7 @@ class Loopback:
     Attributes:
         faults: path -> what goes wrong with its next GETs, first to last; "*" for ever.
         asked: (method, path, Range header) of all requests.
-        quirks: "no HEAD", "no Range".
+        quirks: "no HEAD", "no Range", "other Range" (than what was asked for).
         moved: path -> address that it redirects to.
     """
 
@@ -77,6 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
         if match and "no Range" not in served.quirks:
             start, stop = int(match[1]), int(match[2]) + 1 if match[2] else len(data)
+            start += "other Range" in served.quirks
             told = f"bytes {start}-{stop - 1}/{len(data)}"
             return self._send(206, data[start:stop], body, fault, ETag=tag, **{"Content-Range": told})
         return self._send(200, data, body, fault, ETag=tag)

@@ -106,6 +106,13 @@ def test_a_server_of_few_skills_is_enough(quirk, server, source, quick):
     assert contents(far_away(server, quick)) == contents(ShardSet(source.shards))
 
 
+def test_other_bytes_than_asked_for_are_an_error(server, quick):
+    server.quirks.add("other Range")
+    server.faults["/data/s-2.tar"] = ["cut"]
+    with pytest.raises(ShardError, match=r"s-2\.tar.*the server sent bytes"):
+        far_away(server, quick)
+
+
 @pytest.mark.parametrize(
     ("fault", "message", "tries"),
     [
