@@ -28,7 +28,7 @@ GIB = 2**30
 # Share of the memory that a plan fills: the rest is the driver's, the communication's and lost to
 # fragmentation.
 ROOM = 0.92
-MOST = 8  # micro-batches that are tried
+MOST = 5  # micro-batches that are tried
 # NVIDIA's data sheet of the A100 (2021): dense products, TFLOP/s.
 A100 = {"bfloat16": 312.0, "float16": 312.0, "float32": 19.5}
 

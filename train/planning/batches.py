@@ -91,7 +91,12 @@ def held_by_step(recipe: Recipe, config: FlamingoConfig, given: Mapping[str, int
 
 
 def micro_batch(
-    source: SourceConfig, documents: int, images: int, config: FlamingoConfig, stored: bool, fake: FakeTensorMode
+    source: SourceConfig,
+    documents: int,
+    images: int,
+    config: FlamingoConfig,
+    stored: bool,
+    fake: FakeTensorMode,
 ) -> Batch:
     """One source's share of a micro-batch: real ids, pictures without pixels. An image begins each of
     the document's equal parts; everything else is learned.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 
 from flamingo.train.config import read_recipe
@@ -21,6 +22,9 @@ def run(
     as_json: bool,
 ) -> None:
     """Plan and print. Raises ValueError as `plan` and `read_recipe`."""
+    # Libraries warn of weights that a plan does not want, and of each of their attempts without a network.
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     made = plan(
         read_recipe(recipe, overrides),
         gpus=gpus,

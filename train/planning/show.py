@@ -40,11 +40,15 @@ def show(plan: Plan, file: TextIO | None = None) -> None:
         f"{plan.flops:.3g} FLOPs of the model"
         + (f" and {plan.recomputed:.3g} computed again" if plan.recomputed else "")
     )
-    console.print(f"memory of a rank in GiB, to be filled up to {ROOM * plan.gpu_memory:.1f} of {plan.gpu_memory:g}:")
+    console.print(
+        f"memory of a rank in GiB, to be filled up to {ROOM * plan.gpu_memory:.1f} of {plan.gpu_memory:g}:"
+    )
     console.print(_table(plan, console.is_terminal))
     best = plan.recommended
     if best:
-        console.print(f"recommended: zero_stage={best.zero_stage} accumulation={best.accumulation}", markup=False)
+        console.print(
+            f"recommended: zero_stage={best.zero_stage} accumulation={best.accumulation}", markup=False
+        )
     else:
         console.print("nothing fits. What helps, the cheapest first:")
         for way in plan.advice:

@@ -1,0 +1,94 @@
+"""Every recipe of train/recipes builds the model that it says, on the meta device.
+
+One that is added to the folder fails here until its numbers of parameters stand below.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flamingo.train.config import read_recipe
+from flamingo.train.plan import plan
+from flamingo.train.planning.assembly import assemble, bytes_of, parameters
+from tests.train.backbones import known_backbones
+
+FOLDER = Path(__file__).resolve().parents[2] / "train" / "recipes"
+# Parameters: (frozen LM, frozen encoder, trained).
+SIZES = {
+    "finetune-folder-lora": (1_720_574_976, 85_843_200, 291_478_542),
+    "idefics-9b-like": (6_738_415_616, 632_076_800, 1_560_497_936),
+    "openflamingo-3b": (1_311_344_640, 303_966_208, 944_027_696),
+    "openflamingo-4b": (2_775_864_320, 303_966_208, 960_774_176),
+    "openflamingo-9b": (6_649_286_656, 303_966_208, 1_178_851_344),
+    "quickstart": (134_515_008, 3_371_008, 21_626_124),
+    "qwen3-0.6b-siglip2": (596_049_920, 85_843_200, 109_425_166),
+    "qwen3-8b-siglip2": (8_190_735_360, 412_987_248, 1_334_463_250),
+}
+# GB of the trained part in float32 that OpenFlamingo publishes: its files hold the LM's whole tables,
+# of which it trains the rows of the added tokens.
+PUBLISHED = {"3b": 4.2, "4b": 4.9, "9b": 5.5}
+
+
+@pytest.fixture(autouse=True)
+def _backbones(monkeypatch):
+    known_backbones(monkeypatch)
+
+
+def overrides(path: Path) -> list[str]:
+    """The quickstart's encoder is a folder that its own command fills; its name is timm's."""
+    return ["model.vision=timm:tf_efficientnet_lite0"] if path.stem == "quickstart" else []
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_builds_the_model_that_it_says(path):
+    recipe = read_recipe(path, overrides(path))
+    model = assemble(recipe)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    frozen, trained = parameters(model)
+    found = (frozen["language_model"], frozen["vision_encoder"], sum(trained.values()))
+    assert found == SIZES[path.stem]
+    frozen_bytes = {"bfloat16": 2, "float32": 4}[recipe.model.frozen_dtype] * sum(found[:2])
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    assert bytes_of(model, trained=False) == frozen_bytes + buffers
+    assert bytes_of(model, trained=True) == 4 * found[2]  # trained weights are float32
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_openflamingos_are_as_large_as_published(size):
+    recipe = read_recipe(FOLDER / f"openflamingo-{size}.yaml", ["unfreeze=[{part: embeddings}]"])
+    assert bytes_of(assemble(recipe), trained=True) / 1e9 == pytest.approx(PUBLISHED[size], abs=0.05)
+
+
+def test_every_number_of_the_list_has_its_recipe():
+    assert set(SIZES) == {path.stem for path in FOLDER.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_is_and_where_its_numbers_come_from(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    if path.stem != "quickstart":
+        assert re.search(r"et al\. \d{4}", text), "no source is named"
+        assert "our choice" in text.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gpus", "memory"),
+    [
+        ("openflamingo-3b", 64, 80),
+        ("openflamingo-4b", 64, 80),
+        ("openflamingo-9b", 64, 80),
+        ("idefics-9b-like", 128, 80),
+        ("qwen3-0.6b-siglip2", 8, 80),
+        ("qwen3-8b-siglip2", 32, 80),
+        ("finetune-folder-lora", 1, 24),
+    ],
+)
+def test_a_recipe_is_set_as_the_plan_for_its_machine_recommends(name, gpus, memory):
+    recipe = read_recipe(FOLDER / f"{name}.yaml")
+    best = plan(recipe, gpus=gpus, gpu_memory=memory).recommended
+    assert best and (best.zero_stage, best.accumulation) == (recipe.zero_stage, recipe.accumulation)
