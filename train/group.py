@@ -102,6 +102,14 @@ def hosts(nodes: str) -> list[str]:
 def _announced(environ: Environment, local_rank: int | None) -> Member:
     launcher = "deepspeed" if "CROSS_RANK" in environ else "RANK and WORLD_SIZE"
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else launcher
+    # torch 2.14: its one store still holds the addresses of the ranks before the restart, so that the
+    # new ones seek each other there in vain.
+    shares = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launcher == "torchrun" and shares and _number(environ, "TORCHELASTIC_MAX_RESTARTS", "0"):
+        raise ValueError(
+            "torchrun --max-restarts would start the ranks again and they would not find each other: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+        )
     rank, world = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     if "LOCAL_RANK" in environ and local_rank not in (None, _number(environ, "LOCAL_RANK")):
         raise ValueError(f"--local_rank={local_rank} contradicts LOCAL_RANK={environ['LOCAL_RANK']}")

@@ -31,6 +31,10 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
 
 def test_torchrun_and_deepspeed_say_it_themselves():
     assert member(TORCHRUN) == Member(5, 1, 8, "node1", 29500, "torchrun")
+    alone = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    assert member(alone) == member(TORCHRUN)
+    restarts = {**alone, "TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert member(restarts) == member(TORCHRUN)
     deepspeed = {**without(TORCHRUN, "TORCHELASTIC_RUN_ID", "LOCAL_RANK"), "CROSS_RANK": "1"}
     assert member(deepspeed, local_rank=1) == Member(5, 1, 8, "node1", 29500, "deepspeed")
 
@@ -75,6 +79,11 @@ def test_without_a_launcher_a_process_is_alone():
         ({**TORCHRUN, "RANK": "-1"}, None, "RANK='-1'"),
         (TORCHRUN, 2, "--local_rank=2 contradicts LOCAL_RANK=1"),
         ({}, 1, "--local_rank=1, but RANK"),
+        (
+            {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"},
+            None,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
         (without(SRUN, "SLURM_STEP_ID"), None, "not started by srun"),
         ({**SRUN, "SLURM_PROCID": "16"}, None, "rank 16 of 16"),
         ({**SRUN, "SLURM_JOB_NODELIST": "gpu[3-"}, None, "list of nodes"),

@@ -21,6 +21,7 @@ set -uo pipefail
 : "${GPUS:=8}" "${MAX_RESTARTS:=3}"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or restarted ranks do not find each other (torch 2.14)
 rm -f "$RUN/stopped.json" # the answer of an earlier turn
 
 trap : TERM USR1 # this shell outlives them, to ask for the next turn
