@@ -26,7 +26,8 @@ class ClassicStream(IterableDataset[Document]):
     """The documents of a source, shuffled in a buffer; one epoch per iteration.
 
     Args:
-        source: what a recipe says; `batch`, `window`, `p_next` and `augment` mean nothing here.
+        source: what a recipe says. `batch`, `window`, `p_next`, `remote` and `max_sample_mb` mean
+            nothing here; `max_tokens` and `crop` are the collator's.
         seed: of the shuffles of this epoch.
         buffer: samples that are shuffled together; 0: none, shards in their order.
 

@@ -405,6 +405,24 @@ def test_obelics_as_published_becomes_shards_of_whole_pages(tmp_path):
     assert page == {"images": [None, address], "texts": ["words", None], "metadata": "[]"}
 
 
+def test_pictures_inside_of_obelics_pages_are_kept_once_and_files_only_where_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here.png").write_bytes(png())  # nobody named this folder
+    inside = f"data:image/png;base64,{base64.b64encode(png('red')).decode()}"
+    pictures = [{"bytes": png(), "path": None}, {"bytes": None, "path": "here.png"}]
+    held = [{"images": [*pictures, None], "texts": [None, None, "x"]}]
+    write_table(Path("held.parquet"), held)
+    write_table(Path("text.jsonl"), [{"images": [inside, None], "texts": [None, "y"]}])
+    for table in ("held.parquet", "text.jsonl"):
+        assert "1 samples" in run("convert", "obelics", table, f"{table}.out", "--workers", 1)
+    sample = ShardSet("held.parquet.out/*.tar").read(0, 0)
+    assert sorted(sample) == ["0.png", "json"]
+    assert json.loads(sample["json"]) == {"images": ["", None], "texts": [None, "x"]}
+    sample = ShardSet("text.jsonl.out/*.tar").read(0, 0)
+    assert b"base64" not in sample["json"]
+    assert captions("text.jsonl.out/*.tar", "obelics") == ["y"]
+
+
 def test_index_stores_an_index_beside_every_shard_and_names_bad_ones(folder, tmp_path):
     run("pack", folder, tmp_path / "out", "--samples-per-shard", 4, "--workers", 1)
     said = run("index", tmp_path / "out" / "*.tar", "--workers", 1)

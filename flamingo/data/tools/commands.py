@@ -237,7 +237,6 @@ def stats(
     executor: Where = "local",
     workers: Workers = None,
     address: Address = None,
-    part: Part = None,
 ) -> None:
     """Count samples, images and tokens; histograms of lengths and resolutions, as JSON and a picture."""
     from flamingo.data.tools.stats import stats as run
@@ -245,7 +244,7 @@ def stats(
 
     with plain_errors():
         found, outcome = run(
-            shards, kind, options_of(options), tokenizer, executor_of(executor, workers, address, part)
+            shards, kind, options_of(options), tokenizer, executor_of(executor, workers, address, None)
         )
         places = write(found, out)
         typer.echo(

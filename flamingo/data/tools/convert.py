@@ -96,7 +96,7 @@ class ObelicsLayout:
                     continue
                 images[f"{len(page['images'])}.{ending(data)}"] = data
             page["texts"].append(text)
-            page["images"].append(image if image is None or isinstance(image, str) else "")
+            page["images"].append(None if image is None else _address(image))
         if not images:
             raise BadSample("no image", f"none of {len(listed) - listed.count(None)} pictures is there")
         return {"json": _json({**row, **page}), **images}
@@ -104,10 +104,17 @@ class ObelicsLayout:
     def _bytes(self, image: Any) -> bytes | None:
         if isinstance(image, str):
             return from_base64(image) if image.startswith("data:") else _found([image], self.root)
-        return picture(image, Path(self.root or "."))
+        if isinstance(image, Mapping) and not image.get("bytes"):
+            return _found([image.get("path")], self.root)
+        return picture(image, Path())
 
     def weigh(self, row: Row) -> int:
         return len(str(row.get("texts"))) + _GUESS * sum(i is not None for i in row.get("images") or ())
+
+
+def _address(image: Any) -> str:
+    """What the page keeps of an image: not the picture itself, which is a member."""
+    return image if isinstance(image, str) and not image.startswith("data:") else ""
 
 
 def _found(names: list[Any], root: str | None) -> bytes | None:
