@@ -33,15 +33,21 @@ def main() -> int:
     from flamingo.train import group
     from flamingo.train.config import read_recipe
     from flamingo.train.session import SharedError, train
+    from flamingo.train.stopping import Stopped, Stopping, status
 
     rank = 0
+    stopping = Stopping()  # now: loading takes long, and whoever asks then shall be heard
     try:
         found = group.member(os.environ, arguments.local_rank)
         rank = found.rank
         group.announce(found, os.environ)
         recipe = read_recipe(arguments.recipe, arguments.overrides)
         resume = arguments.resume or group.restarted(os.environ)
-        train(recipe, resume, arguments.accept_changed_shards)
+        train(recipe, resume, arguments.accept_changed_shards, stopping)
+    except Stopped as why:
+        if rank == 0:
+            print(why, file=sys.stderr, flush=True)
+        return status()
     except (ValueError, OSError, TooManyBadSamples) as error:
         if rank == 0 or not isinstance(error, SharedError):
             print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)

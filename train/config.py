@@ -128,8 +128,9 @@ class Recipe(Section):
         default_factory=list, description="folders of grids that `flamingo data features` made"
     )
     log_every: int = Field(1, ge=1)
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=lambda: ["tensorboard"], description="beside metrics.jsonl, which is always written"
+    trackers: list[str] = Field(
+        default_factory=lambda: ["tensorboard"],
+        description="beside metrics.jsonl: tensorboard, wandb, trackio, or the dotted path of a class",
     )
     blank_every: int = Field(20, ge=0, description="steps between losses with blank images; 0: never")
     profile_steps: list[int] = Field(

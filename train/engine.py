@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo.train.config import Recipe
+from flamingo.train.gauges import norms, squared_norms
 from flamingo.train.moments import KEYS as KEYS
 from flamingo.train.moments import STEP as STEP
 from flamingo.train.moments import Moments
@@ -187,23 +188,16 @@ class Engine:
 
         Empty where the optimizer's state is offloaded: the gradients are not at hand then.
         """
-        optimizer = self.deepspeed.optimizer
-        groups = optimizer.param_groups
         if self.offload:
             return {}
-        squares: dict[str, Tensor] = {}
-        for number, pieces in self._pieces():
-            name = groups[number]["name"]
-            own = [piece.float() for piece in pieces if piece is not None]
-            total = torch.nn.utils.get_total_norm(own).square() if own else torch.zeros(())
-            squares[name] = squares.get(name, torch.zeros((), device=self.device)) + total.to(self.device)
-        if not squares:
-            return {}
-        values = torch.stack(list(squares.values()))
+        groups = self.deepspeed.optimizer.param_groups
+        pieces: dict[str, list[Tensor | None]] = {}
+        for number, held in self._pieces():
+            pieces.setdefault(groups[number]["name"], []).extend(held)
+        squares = squared_norms(pieces, self.device)
         if self.stage:
-            values = sum_over_ranks(values)
-        scales = values.sqrt() / self.scale.value
-        return dict(zip(squares, scales.tolist(), strict=True))
+            sum_over_ranks(squares)
+        return norms(pieces, squares / self.scale.value**2)
 
     def _pieces(self) -> Iterator[tuple[int, list[Tensor | None]]]:
         """(number of a parameter group, gradients that this rank holds of it)."""

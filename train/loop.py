@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,54 +18,88 @@ from flamingo.train.checkpoint import Checkpoints
 from flamingo.train.config import Recipe
 from flamingo.train.engine import Engine, sum_over_ranks
 from flamingo.train.faults import Faults
-from flamingo.train.metrics import Metrics, gates
+from flamingo.train.flops import step_flops
+from flamingo.train.gauges import derived, gates, memory_gb, row_places
+from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
 from flamingo.train.optim import learning_rate
+from flamingo.train.profile import profiled
+from flamingo.train.stopping import Stopped, Stopping, answer
+from flamingo.train.watchdog import Watchdog
+
+PATIENCE = 4.0  # times as long as usual: a first step, a checkpoint
+
+
+@dataclass
+class Company:
+    """What goes beside the steps, for the whole of a run."""
+
+    metrics: Metrics
+    faults: Faults
+    nonfinite: NonFinite
+    checkpoints: Checkpoints
+    stopping: Stopping
+    watchdog: Watchdog
+    peak: float  # FLOP/s of matrix products that all ranks reach together
 
 
 class Trainer:
     """Owns the number of consumed steps, which is all the state that the data has."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        engine: Engine,
-        dataset: StepDataset,
-        metrics: Metrics,
-        faults: Faults,
-        nonfinite: NonFinite,
-        checkpoints: Checkpoints,
-        pack_tokens: int,
+        self, recipe: Recipe, engine: Engine, dataset: StepDataset, company: Company, pack_tokens: int
     ):
-        self.recipe, self.engine, self.dataset, self.metrics = recipe, engine, dataset, metrics
-        self.faults, self.nonfinite, self.checkpoints = faults, nonfinite, checkpoints
+        self.recipe, self.engine, self.dataset, self.company = recipe, engine, dataset, company
         self.objective: Objective = engine.module  # type: ignore[assignment]
         self.names = [source.name for source in recipe.sources]
         self.pack_tokens = pack_tokens
 
     def run(self, start: int, stop: int) -> None:
-        """Train from step `start` (steps already done) to `stop`, and leave a checkpoint there."""
-        recipe, last, saved = self.recipe, self.recipe.steps, start
-        began = time.monotonic()
-        for step, batches in enumerate(step_loader(self.dataset, start, stop, recipe.workers), start):
+        """Train from step `start` (steps already done) to `stop`, and leave a checkpoint there.
+
+        Raises Stopped, after a checkpoint, when the run is asked to stop before.
+        """
+        recipe, beat = self.recipe, self.company.watchdog.beat
+        loader = step_loader(self.dataset, start, stop, recipe.workers)
+        for step in range(start, stop):
+            beat(step + 1, "waiting for data", PATIENCE)
+            began = time.monotonic()
+            batches = next(loader)
             waited = time.monotonic() - began
-            record = self.train_step(step, batches)
+            beat(step + 1, "training", PATIENCE if step == start else 1.0)
+            with profiled(recipe, step + 1, self.dataset.rank):
+                record = self.train_step(step, batches)
             record["seconds"] = round(time.monotonic() - began, 4)  # with the wait for the data
             record["data_seconds"] = round(waited, 4)
-            if record["skipped"]:  # on any rank
-                record["faults"] = self.faults.note(step + 1, self._skipped(batches))
-            if recipe.blank_every and (step % recipe.blank_every == 0 or step + 1 == last):
-                record["loss_blank"] = self.blank_loss(batches)
-            if (step + 1) % recipe.log_every == 0 or step + 1 == last:
-                self.metrics.write(self._rates(record))
-            if recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0:
-                self.checkpoints.save(self.engine, step + 1)
-                saved = step + 1
-            began = time.monotonic()
-        if saved < stop:
-            self.checkpoints.save(self.engine, stop)
-        self.checkpoints.finish()
+            self._report(step, record, batches)
+            due = recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0
+            reason = self.company.stopping.agreed(self.engine.device)
+            if due or reason or step + 1 == stop:
+                beat(step + 1, "writing a checkpoint", PATIENCE)
+                self.company.checkpoints.save(self.engine, step + 1)
+            if reason:
+                self._stop(step + 1, reason)
+        self.company.checkpoints.finish()
+
+    def _report(self, step: int, record: dict[str, Any], batches: StepBatches) -> None:
+        """Whatever is told of a step once it is done."""
+        recipe, last = self.recipe, step + 1 == self.recipe.steps
+        if record["skipped"]:  # on any rank
+            record["faults"] = self.company.faults.note(step + 1, self._skipped(batches))
+        if recipe.blank_every and (step % recipe.blank_every == 0 or last):
+            record["loss_blank"] = self.blank_loss(batches)
+        if (step + 1) % recipe.log_every == 0 or last:
+            flops = record.pop("flops")
+            record |= derived(record, flops=flops, peak=self.company.peak)
+            record["memory_gb"] = memory_gb(self.engine.device)
+            self.company.metrics.write(record)
+
+    def _stop(self, step: int, reason: str) -> None:
+        self.company.checkpoints.finish()
+        if self.dataset.rank == 0:
+            answer(self.recipe.run, step, reason)
+        raise Stopped(f"stopped after step {step}, with a checkpoint: {reason}. --resume goes on")
 
     def train_step(self, step: int, batches: StepBatches) -> dict[str, Any]:
         """One optimizer step over all sources, micro-batches and ranks; its record."""
@@ -73,9 +108,11 @@ class Trainer:
         torch.manual_seed(draw(recipe.seed, "step", step, self.dataset.rank) >> 1)
         targets = self.count_targets(batches)
         rate = learning_rate(step, recipe.steps, recipe.optimizer)
-        sums = torch.zeros(len(self.names), dtype=torch.float64)
+        sums, places = torch.zeros(len(self.names), dtype=torch.float64), 0
         for number in range(recipe.accumulation):
-            loss, parts = engine(self.rows(batches, number), targets)
+            rows = self.rows(batches, number)
+            places += row_places(rows)
+            loss, parts = engine(rows, targets)
             engine.backward(loss)
             sums += parts.cpu()
             if number + 1 < recipe.accumulation:
@@ -84,7 +121,7 @@ class Trainer:
         norms = engine.group_norms()
         norm = engine.update(rate)
         local = dict(zip(self.names, sums.tolist(), strict=True))
-        skipped = self.nonfinite.note(step + 1, losses, norm, local, batches, engine.scale)
+        skipped = self.company.nonfinite.note(step + 1, losses, norm, local, batches, engine.scale)
         engine.scale.update(not skipped)
         return {
             "step": step + 1,
@@ -94,7 +131,7 @@ class Trainer:
             "grad_norms": {n: round(value, 6) for n, value in norms.items() if math.isfinite(value)},
             **({"step_skipped": 1} if skipped else {}),
             **gates(self.objective.model.gated_blocks),
-            **self._sizes(batches),
+            **self._sizes(batches, places, sum(targets.values())),
         }
 
     def rows(self, batches: StepBatches, number: int) -> list[Rows]:
@@ -131,19 +168,28 @@ class Trainer:
     def _skipped(batches: StepBatches) -> list[Skipped]:
         return [bad for part in batches.values() for batch in part for bad in batch.skipped]
 
-    def _sizes(self, batches: StepBatches) -> dict[str, int]:
+    def _sizes(self, batches: StepBatches, places: int, targets: int) -> dict[str, Any]:
+        """What the step held, over all ranks, and what it cost."""
         every = [batch for part in batches.values() for batch in part]
-        local = [
-            sum(len(batch.keys) for batch in every),
-            sum(int(batch.attention_mask.sum()) for batch in every),
-            sum(len(batch.image_keys) for batch in every),
-            sum(len(batch.skipped) for batch in every),
-        ]
-        total = sum_over_ranks(torch.tensor(local, device=self.engine.device)).tolist()
-        return dict(zip(("samples", "tokens", "images", "skipped"), total, strict=True))
-
-    @staticmethod
-    def _rates(record: dict[str, Any]) -> dict[str, Any]:
-        for name in ("samples", "tokens", "images"):
-            record[f"{name}_per_second"] = round(record[name] / record["seconds"], 3)
-        return record
+        lengths = [batch.attention_mask.sum(1) for batch in every]
+        counts = {
+            "samples": sum(len(batch.keys) for batch in every),
+            "tokens": sum(int(length.sum()) for length in lengths),
+            "images": sum(len(batch.image_keys) for batch in every),
+            "skipped": sum(len(batch.skipped) for batch in every),
+            "row_places": places,
+            "pictures": sum(len(batch.pixel_values) for batch in every),
+            "pairs": sum(int(length.square().sum()) for length in lengths),
+        }
+        total = sum_over_ranks(torch.tensor(list(counts.values()), device=self.engine.device)).tolist()
+        sizes: dict[str, Any] = dict(zip(counts, total, strict=True))
+        model = self.objective.model
+        sizes["flops"] = step_flops(
+            model.config if self.engine.stage == 3 else model,  # in pieces, weights have no shapes
+            tokens=sizes["tokens"],
+            targets=targets,
+            images=sizes["images"],
+            pairs=sizes.pop("pairs"),
+            pictures=sizes.pop("pictures"),
+        )
+        return {**sizes, "targets": targets}

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flamingo.train.gauges import gates  # noqa: F401 - where the loop has it from
 from flamingo.train.live import view
 from flamingo.train.trackers import Trackers
 

@@ -20,21 +20,25 @@ from flamingo.features import fingerprint
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import short_attention, tune_cpu
-from flamingo.train import checkpoint, engine, manifest
+from flamingo.train import checkpoint, engine, manifest, trackers
 from flamingo.train.checkpoint import Checkpoints, Saved
 from flamingo.train.config import Recipe
-from flamingo.train.export import assemble, export_run
+from flamingo.train.export import RECIPE, assemble, export_run
 from flamingo.train.faults import Faults
 from flamingo.train.features import FeatureCache
-from flamingo.train.loop import Trainer
+from flamingo.train.flops import measured_peak
+from flamingo.train.lock import RunLock
+from flamingo.train.loop import Company, Trainer
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
 from flamingo.train.optim import trained
 from flamingo.train.parts import adapters_to_training, boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
+from flamingo.train.stopping import Stopping, forget
+from flamingo.train.watchdog import Watchdog
 
-RECIPE = "recipe.yaml"
+LOCK_SECONDS = 60.0  # that a run which goes on waits for the one before to end
 
 
 class SharedError(ValueError):
@@ -72,23 +76,36 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
         )
 
 
-def train(recipe: Recipe, resume: bool = False, accept_changed_shards: bool = False) -> None:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    accept_changed_shards: bool = False,
+    stopping: Stopping | None = None,
+) -> None:
     """Train as the recipe says, on this rank of however many the launcher started.
 
-    accept_changed_shards: go on with other shards than those that the run began with.
+    accept_changed_shards: go on with other shards than those that the run began with; stopping: who
+    listens to signals. Raises Stopped when the run is asked to stop, with a checkpoint.
     """
     began = time.monotonic()
     rank, world = engine.join_group()
+    lock = RunLock(recipe.run)
     try:
+        # A rank that was killed may still be ending while the next try begins.
+        _together(rank, lambda: lock.acquire(wait=LOCK_SECONDS if resume else 0.0))
         _together(rank, lambda: check_folder(recipe, resume))
+        _together(rank, lambda: trackers.check(recipe.trackers))
         tune_cpu(processes=1 if torch.cuda.is_available() else world)
-        with short_attention():
-            _train(recipe, rank, world, began, accept_changed_shards)
+        with short_attention(), stopping or Stopping() as heard:
+            heard.limit(recipe.wall_minutes, recipe.run if rank == 0 else None)
+            _train(recipe, rank, world, began, accept_changed_shards, heard)
     finally:
+        if rank == 0:
+            lock.release()
         engine.leave_group()
 
 
-def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool) -> None:
+def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool, stopping: Stopping) -> None:
     torch.manual_seed(recipe.seed)
     with engine.partitioned(recipe, world):
         model, processor = assemble(recipe, engine.gathered)
@@ -105,36 +122,66 @@ def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool) ->
     weights = {source.name: source.weight for source in recipe.sources}
     objective = Objective(model, weights, cache, getattr(torch, recipe.autocast), recipe.z_loss)
     saved = _newest(recipe, rank)
-    start = first = saved.step if saved else 0
+    start = saved.step if saved else 0
     _together(rank, lambda: begin(recipe))
     _together(rank, lambda: manifest.check(recipe.run, manifest.manifest(dataset.feeds), accept))
-    metrics = Metrics(recipe.run, recipe.steps, start, writes=rank == 0)
+    if rank == 0:
+        forget(recipe.run)
+    metrics = Metrics(
+        recipe.run, recipe.steps, start, rank == 0, recipe.trackers, recipe.model_dump(mode="json")
+    )
     if saved:
         metrics.say(f"going on from {saved.path}")
-    faults = Faults(recipe.run, start, recipe.max_bad_samples, rank)
-    nonfinite = NonFinite(recipe.run, recipe.max_skipped_steps, rank)
-    checkpoints = Checkpoints(
-        recipe.run / "checkpoints", recipe.identity(), recipe.checkpoint_keep, recipe.checkpoint_background
+    peak = measured_peak(engine.device(), getattr(torch, recipe.autocast))
+    company = Company(
+        metrics,
+        Faults(recipe.run, start, recipe.max_bad_samples, rank),
+        NonFinite(recipe.run, recipe.max_skipped_steps, rank),
+        Checkpoints(
+            recipe.run / "checkpoints",
+            recipe.identity(),
+            recipe.checkpoint_keep,
+            recipe.checkpoint_background,
+        ),
+        stopping,
+        Watchdog(recipe.run, rank, world, recipe.watchdog_seconds),
+        float(engine.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=engine.device()))),
     )
-    packs = recipe.pack_tokens
     try:
-        for stop in (stop for stop in boundaries(recipe) if stop > start or stop == recipe.steps):
-            wrapped = _phase(recipe, objective, world, saved)
-            if packs and not model.packs():
-                packs = 0
-                metrics.say("this language model mixes documents that share a row: one document a row")
-            Trainer(recipe, wrapped, dataset, metrics, faults, nonfinite, checkpoints, packs).run(start, stop)
-            wrapped.close()
-            start, saved = stop, _newest(recipe, rank)
+        with company.watchdog:
+            _phases(recipe, objective, dataset, company, world, saved)
     finally:
         metrics.close()
     seconds = time.monotonic() - began
     counts = _counts(model)
-    del wrapped, objective, cache, model
+    del objective, cache, model
     if rank == 0:
         export_run(recipe.run, recipe.run / "model")
-        _summary(recipe, counts, world, first, seconds)
+        _summary(recipe, counts, world, start, seconds)
     torch.distributed.barrier()
+
+
+def _phases(
+    recipe: Recipe,
+    objective: Objective,
+    dataset: StepDataset,
+    company: Company,
+    world: int,
+    saved: Saved | None,
+) -> None:
+    """From the checkpoint to the end; what is unfrozen on the way begins another phase."""
+    packs, model = recipe.pack_tokens, objective.model
+    start = saved.step if saved else 0
+    for stop in (stop for stop in boundaries(recipe) if stop > start):
+        wrapped = _phase(recipe, objective, world, saved)
+        if packs and not model.packs():
+            packs = 0
+            company.metrics.say("this language model mixes documents that share a row: one document a row")
+        try:
+            Trainer(recipe, wrapped, dataset, company, packs).run(start, stop)
+        finally:
+            wrapped.close()
+        start, saved = stop, _newest(recipe, dataset.rank)
 
 
 def _phase(recipe: Recipe, objective: Objective, world: int, saved: Saved | None) -> engine.Engine:
