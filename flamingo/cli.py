@@ -211,18 +211,28 @@ def create(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="Model folder, e.g. runs/quickstart/model.")],
-    out: Annotated[Path, typer.Argument(help="File for the weights, e.g. trained.safetensors.")],
+    source: Annotated[Path, typer.Argument(help="Run folder, or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="Model folder to write; of a model folder, a file.")],
 ) -> None:
-    """Write the trained part alone, without the frozen backbones, as one safetensors file."""
+    """Write a run's newest checkpoint as a model folder, or a model's trained part alone.
+
+    Of a run (runs/mine): a folder for `from_pretrained`, adapters merged, read
+    again and compared. Of a model folder (runs/mine/model): one safetensors
+    file without the frozen backbones.
+    """
     from flamingo.runtime import quiet_libraries
 
     quiet_libraries()
-    from flamingo.checkpoints.trainables import save_trainables
-    from flamingo.folders import load_model
-
     with plain_errors():
-        size = save_trainables(load_model(model), out)
+        if (source / "recipe.yaml").is_file():
+            from flamingo.train.export import export_run
+
+            typer.echo(f"{out}: the model after step {export_run(source, out)}")
+            return
+        from flamingo.checkpoints.trainables import save_trainables
+        from flamingo.folders import load_model
+
+        size = save_trainables(load_model(source), out)
         typer.echo(f"{out}: {size / 1e6:.1f} MB")
 
 

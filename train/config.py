@@ -166,7 +166,37 @@ class Recipe(Section):
                 f"pack_tokens={self.pack_tokens} is shorter than max_tokens of {', '.join(long)}: "
                 "raise it, lower max_tokens, or set it to 0 for one document a row"
             )
+        self._check_zero()
+        self._check_encoder()
         return self
+
+    def _check_zero(self) -> None:
+        if self.offload != "none" and not self.zero_stage:
+            raise ValueError(f"offload={self.offload}: needs zero_stage 1, 2 or 3, not 0")
+        if self.offload == "all" and self.zero_stage < 3:
+            raise ValueError(
+                f"offload=all: needs zero_stage=3, not {self.zero_stage}; offload=optimizer does not"
+            )
+        late = [part for part in self.unfreeze if part.start > 0]
+        if self.zero_stage == 3 and late:
+            raise ValueError(
+                f"unfreeze: {late[0].part} from step {late[0].start} on, but under zero_stage=3 what lies in "
+                "pieces cannot change its role: set start to 0, or zero_stage to 2"
+            )
+
+    def _check_encoder(self) -> None:
+        if not any(part.part == "vision_encoder" for part in self.unfreeze):
+            return
+        if self.feature_cache_gb or self.features:
+            raise ValueError(
+                "unfreeze: a vision_encoder that is trained gives other grids at every step: set "
+                "feature_cache_gb to 0 and remove `features`"
+            )
+        if self.zero_stage == 3:
+            raise ValueError(
+                "unfreeze: vision_encoder with zero_stage=3: ranks encode different numbers of pictures, and "
+                "modules in pieces have to run equally often; set zero_stage to 2"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of a resumed run."""
@@ -245,6 +275,12 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(location: tuple) -> list[str]:
-    sections = {"model": ModelConfig, "optimizer": OptimizerConfig, "sources": SourceConfig}
+    sections = {
+        "model": ModelConfig,
+        "optimizer": OptimizerConfig,
+        "sources": SourceConfig,
+        "lora": LoraConfig,
+        "unfreeze": Unfreeze,
+    }
     section = Recipe if len(location) == 1 else sections.get(str(location[0]), Recipe)
     return sorted(section.model_fields)

@@ -101,6 +101,8 @@ class Collator:
         image_token_id, end_of_chunk_id: ids of <image> and <|endofchunk|>.
         max_tokens: longest row. Of a longer document turns are dropped at its end until it fits;
             if already the first does not, its text is cut.
+        learn: which texts have loss: "marked" by the document, "all", "after_first_image" (marked, and
+            an image stands before), or "last" (of each turn the last text).
         crop: "start": the first turns are kept; "random": a run of turns that begins anywhere,
             as the document's seed says.
     """
@@ -113,6 +115,7 @@ class Collator:
         end_of_chunk_id: int,
         max_tokens: int,
         crop: str = "start",
+        learn: str = "marked",
     ) -> None:
         if max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2 (an image, a token), not {max_tokens}")
@@ -120,7 +123,7 @@ class Collator:
             raise ValueError(f"<image> and <|endofchunk|> have the same token id {image_token_id}")
         self.tokenizer, self.transform, self.max_tokens = tokenizer, transform, max_tokens
         self.image_token_id, self.end_of_chunk_id = image_token_id, end_of_chunk_id
-        self.random_crop = crop == "random"
+        self.random_crop, self.learn = crop == "random", learn
         padding = tokenizer.pad_token_id
         # Any id will do: the attention mask and the labels hide it.
         self.pad_token_id = padding if isinstance(padding, int) else end_of_chunk_id
@@ -176,8 +179,13 @@ class Collator:
                 turns[-1].add([self.image_token_id], loss=False)
                 turns[-1].images.append(item)
             elif ids := next(tokens):
-                turns[-1].add(ids, item.loss)
-                turns[-1].loss = item.loss
+                loss = item.loss or self.learn in ("all", "last")
+                if self.learn == "after_first_image":
+                    loss = loss and (len(turns) > 1 or bool(turns[-1].images))
+                elif self.learn == "last":  # what came before in this turn was no answer
+                    turns[-1].labels = [IGNORE] * len(turns[-1].ids)
+                turns[-1].add(ids, loss)
+                turns[-1].loss = loss
         for turn in turns:
             if turn.loss is not None:
                 turn.add([self.end_of_chunk_id], turn.loss)

@@ -55,6 +55,11 @@ class SourceConfig(BaseModel):
         le=1,
         description="Share of documents whose words see the next image instead of the one before.",
     )
+    learn: Literal["marked", "all", "after_first_image", "last"] = Field(
+        default="marked",
+        description="Texts with loss: as the kind marks them; all; marked ones behind the first image; of each "
+        "turn the last one (the answer).",
+    )
     crop: Literal["start", "random"] = Field(
         default="start", description="Which turns of a document that is too long are kept."
     )

@@ -68,7 +68,15 @@ def open_feeds(
     return [
         Feed(
             Stream(source, seed, image_side=transform.size, has_features=has_features),
-            Collator(tokenizer, transform, image_token_id, end_of_chunk_id, source.max_tokens, source.crop),
+            Collator(
+                tokenizer,
+                transform,
+                image_token_id,
+                end_of_chunk_id,
+                source.max_tokens,
+                source.crop,
+                source.learn,
+            ),
             source.batch,
             source.start,
         )

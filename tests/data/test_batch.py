@@ -35,6 +35,27 @@ def words(tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("learn", "labels"),
+    [
+        ("marked", "a <eoc> - - - b c <eoc>"),
+        ("all", "a <eoc> - q ? b c <eoc>"),
+        ("after_first_image", "- - - - - b c <eoc>"),
+        ("last", "a <eoc> - - - b c <eoc>"),
+    ],
+)
+def test_what_is_learned_is_the_sources_choice(tokenizer, transform, words, learn, labels):
+    collator = Collator(tokenizer, transform, 1, 2, 32, learn=learn)
+    batch = collator([Document((A, I1, Q, B), "d")])
+    assert words(batch.labels[0]) == labels
+
+
+def test_of_unmarked_texts_the_last_one_of_a_turn_is_the_answer(tokenizer, transform, words):
+    collator = Collator(tokenizer, transform, 1, 2, 32, learn="last")
+    batch = collator([Document((I1, Text("q ?"), A), "d")])
+    assert words(batch.labels[0]) == "- - - a <eoc>"
+
+
+@pytest.mark.parametrize(
     ("items", "tokens", "labels"),
     [
         # a caption pair

@@ -71,7 +71,7 @@ def show(
     words: Any = _tokenizer(tokenizer)
     ids = _added(words)
     transform = ImageTransform(side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    collator = Collator(words, transform, *ids, source.max_tokens, source.crop)
+    collator = Collator(words, transform, *ids, source.max_tokens, source.crop, source.learn)
     whole = Collator(words, transform, *ids, 1 << 30)
     stream = Stream(source, seed, image_side=side)
     shown = []
