@@ -159,6 +159,16 @@ def test_a_batch_moves_without_changing_types(collate):
     assert moved.image_keys == batch.image_keys
 
 
+def test_all_tensors_of_a_batch_are_pinned(collate, monkeypatch):
+    """As a loader does it where there is a GPU."""
+    batch = collate([Text("a")])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    pinned = batch.pin_memory()
+    tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 5
+    assert all(getattr(pinned, name) is not getattr(batch, name) for name in tensors)
+
+
 def test_a_tokenizer_without_padding_token_pads_all_the_same(tokenizer, transform):
     from transformers import PreTrainedTokenizerFast
 

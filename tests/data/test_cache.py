@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -74,6 +75,23 @@ def test_a_file_that_is_open_stays(open_, server, tmp_path):
     assert held(tmp_path) == 2 * SIZE
     os.close(open_(0, files=2))
     assert len(server.gets("/0.tar")) == 2  # it went once nobody held it
+
+
+def test_a_file_that_goes_while_it_is_opened_is_fetched_again(open_, server, tmp_path, monkeypatch):
+    os.close(open_(0, files=2))
+    (entry,) = (tmp_path / "c" / "shards").glob("*.tar")
+    real, shared = fcntl.flock, []
+
+    def flock(file, how: int) -> None:
+        if how == fcntl.LOCK_SH and not shared.append(how) and len(shared) == 1:
+            entry.unlink()  # another process makes room, just between opening and locking
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    descriptor = open_(0, files=2)
+    assert os.fstat(descriptor).st_nlink == 1
+    assert len(server.gets("/0.tar")) == 2
+    os.close(descriptor)
 
 
 def test_no_room_is_one_message_that_names_the_setting(open_):

@@ -16,7 +16,7 @@ from flamingo.data.document import Image
 from flamingo.data.errors import ShardError
 from flamingo.data.index import ShardIndex, build_index, spell
 from flamingo.data.places import check_address
-from flamingo.data.remote import Gone, Remote, WebStore, info_of
+from flamingo.data.remote import Background, Gone, Info, ObjectStore, Passing, Remote, WebStore, info_of
 from flamingo.data.shards import ShardSet
 from flamingo.data.stream import Stream
 from tests.data.loopback import Loopback, serving
@@ -306,6 +306,15 @@ def test_large_objects_come_in_stretches(s3, source, tmp_path, quick, monkeypatc
     s3.pipe("corpus/one/s-2.tar", (tmp_path / "s-2.tar").read_bytes())
     there = ShardSet("s3://corpus/one/s-2.tar", remote=quick.model_copy(update={"timeout": 20.0}))
     assert contents(there) == contents(ShardSet(tmp_path / "s-2.tar"))
+
+
+def test_an_object_that_comes_short_is_asked_for_again(quick):
+    store = ObjectStore.__new__(ObjectStore)
+    store.remote, store.pool = quick, Background(1)
+    short = SimpleNamespace(cat_file=lambda address, start, end: bytes(end - start - 1))
+    store.system = short  # type: ignore[assignment]
+    with pytest.raises(Passing, match="9 bytes where 10 were asked for"):
+        list(store.blocks("s3://corpus/x", 0, Info(10, "")))
 
 
 def test_fetching_ahead_brings_the_next_window(server, source, quick, tmp_path):
