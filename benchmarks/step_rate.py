@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=22, help="steps that are not counted")
     parser.add_argument("--rounds", type=int, default=2, help="runs with each number of ranks")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, e.g. compile=true")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     return parser.parse_args()
 
@@ -69,6 +70,7 @@ def overrides(options: argparse.Namespace, shards: Path) -> list[str]:
         f"steps={options.steps}",
         "blank_every=0",
         "checkpoint_every=0",
+        *options.set,
     ]
 
 

@@ -42,9 +42,13 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pack-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="that are counted")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before: fresh memory is slow")
+    parser.add_argument("--together", type=int, default=3, help="sides in memory at a time, 2 or more")
     parser.add_argument("--precision", choices=["amp_bf16", "fp32"], default="amp_bf16")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if options.rounds < 1 or options.together < 2:
+        parser.error("--rounds must be at least 1, --together at least 2")
+    return options
 
 
 # -- the sides: called in their own processes ----------------------------------------------
@@ -107,19 +111,24 @@ def sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row per side, once all rounds are done."""
+    """A row per side. So many `together` as memory allows, always beside the first of all."""
     side = image_size(options.vision)
     source = mixture.steps(options.seed, options.captions, options.documents, side)
     steps = list(islice(source, options.warmup + options.rounds))
-    loaders = sides(options)
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(load, steps)) for name, load in loaders.items()}
-        rounds = [{name: worker.step(n) for name, worker in workers.items()} for n in range(len(steps))]
-        loaded = {name: worker.loaded for name, worker in workers.items()}
-    check_same_targets(rounds)
-    first = next(iter(loaders))
-    for name in loaders:
-        yield row(name, first, rounds, options.warmup, loaded[name], len(steps[0]))
+    first, *others = sides(options).items()
+    size = options.together - 1
+    digests: set[Any] = set()
+    for begin in range(0, len(others), size):
+        group = dict([first, *others[begin : begin + size]])
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker(load, steps)) for name, load in group.items()}
+            rounds = [{name: worker.step(n) for name, worker in workers.items()} for n in range(len(steps))]
+            loaded = {name: worker.loaded for name, worker in workers.items()}
+        check_same_targets(rounds)
+        digests.add(tuple(r[first[0]]["digest"] for r in rounds))
+        for name in [*group][bool(begin) :]:
+            yield row(name, first[0], rounds, options.warmup, loaded[name], len(steps[0]))
+    assert len(digests) == 1, "the groups learned different tokens"
 
 
 def image_size(vision_name: str) -> int:
