@@ -110,7 +110,7 @@ def test_a_run_that_is_asked_to_stop_ends_with_75_and_goes_on(number, job, tmp_p
         said = ended(process, 75)
     stopped = json.loads((run / "stopped.json").read_text())
     assert stopped["step"] == len(records(run)) and "SIGUSR1" in stopped["reason"]
-    assert f"stopped after step {stopped['step']}: SIGUSR1" in said and "Traceback" not in said
+    assert f"stopped after step {stopped['step']}" in said and "Traceback" not in said
     assert (run / "checkpoints" / f"step-{stopped['step']:06d}").is_dir() and not (run / "lock").exists()
     with running(*CLI, *job, "--resume") as process:
         ended(process, 0)
