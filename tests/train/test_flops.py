@@ -167,4 +167,3 @@ def test_the_measured_peak_is_that_of_this_machine():
     peak = measured_peak("cpu", torch.float32)
     assert 1e8 < peak < 1e16
     assert measured_peak("cpu", torch.float32) == peak  # measured once
-
