@@ -47,7 +47,9 @@ class _Work:
     name: str
 
 
-def fingerprint(encoder: nn.Module, config: FlamingoVisionConfig) -> dict[str, Any]:
+def fingerprint(
+    encoder: nn.Module, config: FlamingoVisionConfig, transform: ImageTransform
+) -> dict[str, Any]:
     """What tells the grids of this encoder from those of another: pixels, weights, dtype."""
     digest = hashlib.sha256()
     for name, weight in sorted(encoder.state_dict().items()):
@@ -56,9 +58,10 @@ def fingerprint(encoder: nn.Module, config: FlamingoVisionConfig) -> dict[str, A
     dtype = next(encoder.parameters()).dtype
     return {
         "name": f"{config.source}:{config.name}",
-        "image_size": config.image_size,
-        "mean": list(map(float, config.mean)),
-        "std": list(map(float, config.std)),
+        "image_size": transform.size,
+        "mean": list(map(float, transform.mean)),
+        "std": list(map(float, transform.std)),
+        "resize": f"{transform.resize_mode} {transform.crop}",
         "dtype": str(dtype).removeprefix("torch."),
         "weights": digest.hexdigest()[:32],
     }
@@ -83,7 +86,11 @@ def write_features(
     encoder, config = load_encoder(model)
     reader(kind, options)
     source = ShardSet(shards)
-    told = {"encoder": fingerprint(encoder, config), "shards": source.manifest, "kind": kind}
+    told = {
+        "encoder": fingerprint(encoder, config, _transform(model)),
+        "shards": source.manifest,
+        "kind": kind,
+    }
     claim(out, {**told, "options": dict(options)})
     names = [f"features-{number:06d}.tar" for number in range(len(source.places))]
     tasks = [
@@ -176,8 +183,12 @@ def _one_thread() -> Iterator[None]:
 @lru_cache(maxsize=1)
 def _opened(folder: Path) -> tuple[nn.Module, ImageTransform]:
     encoder, _ = load_encoder(folder)
+    return encoder.to(_device()), _transform(folder)
+
+
+def _transform(folder: Path) -> ImageTransform:
     processor: Any = FlamingoProcessor.from_pretrained(folder)
-    return encoder.to(_device()), processor.image_processor.transform
+    return processor.image_processor.transform
 
 
 def _device() -> torch.device:

@@ -19,11 +19,13 @@ Manifest = dict[str, dict[str, str]]  # source -> shard -> digest
 
 
 def manifest(feeds: Iterable[Feed]) -> Manifest:
-    """The shards of every source with their digests."""
-    return {
-        feed.name: dict(zip(feed.stream.shards.names, feed.stream.shards.digests, strict=True))
-        for feed in feeds
-    }
+    """The shards of every source with their digests: of names and sizes, and of the content if known."""
+    found: Manifest = {}
+    for feed in feeds:
+        shards = feed.stream.shards
+        both = (f"{digest} {content}".strip() for digest, content in zip(shards.digests, shards.contents))
+        found[feed.name] = dict(zip(shards.names, both, strict=True))
+    return found
 
 
 def check(run: Path, now: Manifest, accept: bool) -> None:
@@ -52,7 +54,16 @@ def _changes(before: Manifest, now: Manifest) -> list[str]:
         for words, shards in (
             ("was added", sorted(new.keys() - old.keys())),
             ("was removed", sorted(old.keys() - new.keys())),
-            ("was altered", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
+            (
+                "was altered",
+                sorted(name for name in old.keys() & new.keys() if _altered(old[name], new[name])),
+            ),
         ):
             found += [f"shard {name} of source {source!r} {words}" for name in shards]
     return found
+
+
+def _altered(before: str, now: str) -> bool:
+    """Whether sizes differ, or the content where both times somebody had read it."""
+    (old, _, old_content), (new, _, new_content) = before.partition(" "), now.partition(" ")
+    return old != new or bool(old_content and new_content and old_content != new_content)

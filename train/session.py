@@ -115,7 +115,8 @@ def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool, st
         model.gradient_checkpointing_enable()
     stored = None
     if recipe.features:
-        encoder = fingerprint(model.vision_encoder, model.config.vision_config)  # type: ignore[arg-type]
+        transform = processor.image_processor.transform  # type: ignore[attr-defined]
+        encoder = fingerprint(model.vision_encoder, model.config.vision_config, transform)  # type: ignore[arg-type]
         stored = FeatureShards(recipe.features, encoder)
     cache = FeatureCache(model, recipe.feature_cache_gb, stored=stored)
     dataset = open_data(recipe, model, processor, cache, rank, world)

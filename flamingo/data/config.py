@@ -57,8 +57,8 @@ class SourceConfig(BaseModel):
     )
     learn: Literal["marked", "all", "after_first_image", "last"] = Field(
         default="marked",
-        description="Texts with loss: as the kind marks them; all; marked ones behind the first image; of each "
-        "turn the last one (the answer).",
+        description="Texts with loss: as the kind marks them; all; marked ones behind the first image; of "
+        "each turn the last one (the answer).",
     )
     crop: Literal["start", "random"] = Field(
         default="start", description="Which turns of a document that is too long are kept."

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,7 +135,7 @@ class Far:
         return self._keep(address, index)
 
     def _keep(self, address: str, index: ShardIndex) -> bool:
-        return store(self._place(address), spell(ShardIndex(index.size, 0, index.count, index.table)))
+        return store(self._place(address), spell(replace(index, mtime_ns=0)))
 
     def _sha256(self, address: str) -> str | None:
         """What a dataset.json beside the shard says of it."""

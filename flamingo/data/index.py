@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 INDEX_VERSION = 1
 BLOCK = 512  # tar works in blocks of so many bytes
 PROBES = 64  # samples whose headers are compared with a stored index
+SMALL = 32 << 20  # bytes of a shard that is read whole for its index without being asked
 SHORT_NAME, HUGE = 100, 8 << 30  # bytes of a name and of a file that every tar header can tell
 LONGEST_NAME = 1 << 20  # bytes of an extended header; a larger one is damage or an attack
 _NAME = re.compile(r"(?!__[^/]*__/)((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # webdataset's rule
@@ -43,12 +44,15 @@ class ShardIndex:
         size, mtime_ns: of the tar; they tell whether the index still holds.
         count: samples.
         table: JSON of `samples()`. Kept as bytes: most shards are only counted.
+        content: SHA-256 of the whole tar, "" where nobody has read all of it: it tells a shard that
+            was altered in place, with members of the same sizes.
     """
 
     size: int
     mtime_ns: int
     count: int
     table: bytes
+    content: str = ""
 
     def samples(self) -> list[Sample]:
         """Key and members of every sample, in the order of the tar."""
@@ -98,8 +102,8 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def build_index(path: Path) -> ShardIndex:
-    """Read all tar headers of a shard.
+def build_index(path: Path, content: bool = False) -> ShardIndex:
+    """Read all tar headers of a shard; with `content`, or if it is small, all of it.
 
     Raises:
         ShardError: truncated, damaged, compressed, a link or sparse member, or one key twice.
@@ -126,8 +130,17 @@ def build_index(path: Path) -> ShardIndex:
             hint = "" if samples else " (shards must be plain tars: unpack .tar.gz and the like)"
             raise ShardError(path, f"not a sound tar: {error}{hint}", key, end) from error
         _check_end(file, path, end, key)
+        read = _content(file) if content or stat.st_size <= SMALL else ""
     table = json.dumps(list(samples.items()), separators=(",", ":")).encode()
-    return ShardIndex(stat.st_size, stat.st_mtime_ns, len(samples), table)
+    return ShardIndex(stat.st_size, stat.st_mtime_ns, len(samples), table, read)
+
+
+def _content(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def first_misfit(descriptor: int, samples: list[Sample]) -> tuple[str, int] | None:
@@ -198,15 +211,21 @@ def _check_end(file: BinaryIO, path: Path, end: int, key: str | None) -> None:
             raise ShardError(path, what, key, end)
 
 
-def load_index(path: Path) -> ShardIndex:
-    """The stored index of a shard if it still holds, else a new one, which is stored."""
+def load_index(path: Path, content: bool = False) -> ShardIndex:
+    """The stored index of a shard if it still holds, else a new one, which is stored.
+
+    content: with the checksum of the whole tar, which is also made where an index that no longer
+    holds had one.
+    """
     stat = path.stat()
     places = [path.with_name(path.name + ".index.jsonl"), _cache_file(path)]
     for place in places:
         index = read_index(place)
         if index and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return index
-    index = build_index(path)
+            if index.content or not content:
+                return index
+        content = content or bool(index and index.content)
+    index = build_index(path, content)
     stored = spell(index)
     if not any(store(place, stored) for place in places):
         log.debug("index of %s could not be stored: it will be built again", path)
@@ -230,7 +249,7 @@ def store(place: Path, data: bytes) -> bool:
 def spell(index: ShardIndex) -> bytes:
     """As it is stored: a line that describes it, and the table."""
     head = {"version": INDEX_VERSION, "table": sha256(index.table)}
-    head |= {"size": index.size, "mtime_ns": index.mtime_ns, "count": index.count}
+    head |= {"size": index.size, "mtime_ns": index.mtime_ns, "count": index.count, "content": index.content}
     return json.dumps(head).encode() + b"\n" + index.table
 
 
@@ -254,7 +273,8 @@ def parse_index(stored: bytes) -> ShardIndex | None:
         first, _, table = stored.partition(b"\n")
         head = json.loads(first)
         if head["version"] == INDEX_VERSION and head["table"] == sha256(table):
-            return ShardIndex(int(head["size"]), int(head["mtime_ns"]), int(head["count"]), table)
+            sizes = (int(head[name]) for name in ("size", "mtime_ns", "count"))
+            return ShardIndex(*sizes, table, str(head.get("content", "")))
     except (ValueError, TypeError, KeyError):
         pass
     return None

@@ -55,6 +55,8 @@ class ShardSet:
     Attributes:
         places, names: of the shards; a name is the path from their common folder.
         counts: int64[shards], samples in each.
+        digests: of each shard's name, size and member table; contents: SHA-256 of each whole tar, "" where
+            it is not known.
         manifest: digest of names, sizes and member tables; another one means other data.
 
     Args:
@@ -82,9 +84,10 @@ class ShardSet:
         addresses = [place for place in self.places if isinstance(place, str)]
         self.far = Far(addresses, remote) if addresses else None
         indexes = map(self._index, self.places)
-        pairs = [(i.count, i.digest(name)) for i, name in zip(indexes, self.names, strict=True)]
-        self.counts = np.array([count for count, _ in pairs], dtype=np.int64)
-        self.digests = [digest for _, digest in pairs]
+        told = [(i.count, i.digest(name), i.content) for i, name in zip(indexes, self.names, strict=True)]
+        self.counts = np.array([count for count, _, _ in told], dtype=np.int64)
+        self.digests = [digest for _, digest, _ in told]
+        self.contents = [content for _, _, content in told]
         self.manifest = sha256("\n".join(self.digests).encode())
         if not may_be_empty and not self.counts.any():
             raise ValueError(f"`shards` ({patterns}) hold no sample: their tars are empty")

@@ -72,9 +72,13 @@ def test_a_shard_without_samples_among_others_has_no_grids(write_tar, pair, tran
     assert counts == [1, 0]
 
 
+SEEN = [(0.5, "center"), (0.4, "center"), (0.5, "squash")]
+
+
 def test_an_encoder_that_sees_other_pixels_is_another_one():
     encoder = torch.nn.Linear(2, 2)
-    told = [features.fingerprint(encoder, FlamingoVisionConfig(mean=(m,) * 3)) for m in (0.5, 0.4)]
-    assert told[0]["weights"] == told[1]["weights"]
-    assert told[0] != told[1]
+    transforms = [ImageTransform(4, (mean,) * 3, (0.5,) * 3, crop=crop) for mean, crop in SEEN]
+    told = [features.fingerprint(encoder, FlamingoVisionConfig(), transform) for transform in transforms]
+    assert len({one["weights"] for one in told}) == 1
+    assert told[0] != told[1] != told[2] != told[0]
     assert json.loads(json.dumps(told[0])) == told[0]

@@ -154,7 +154,7 @@ def test_links_are_errors_and_folders_are_not(tmp_path):
 def test_the_index_is_built_once_and_again_when_the_shard_changes(shard, write_tar, monkeypatch, pair):
     built = []
     real = index.build_index
-    monkeypatch.setattr(index, "build_index", lambda path: built.append(path) or real(path))
+    monkeypatch.setattr(index, "build_index", lambda path, *args: built.append(path) or real(path, *args))
     first = everything(ShardSet(str(shard)))
     assert everything(ShardSet(str(shard))) == first
     assert len(built) == 1
@@ -230,3 +230,17 @@ def test_a_shard_given_twice_or_without_samples_is_an_error(shard, write_tar):
         expand([str(shard), str(shard.parent / "*.tar")])
     with pytest.raises(ValueError, match="no sample"):
         ShardSet(str(write_tar("empty.tar", {})))
+
+
+def test_a_shard_altered_in_place_has_another_content_and_the_same_digest(shard, monkeypatch):
+    before = ShardSet(str(shard))
+    (offset, _) = build_index(shard).samples()[2][1]["txt"]
+    data = bytearray(shard.read_bytes())
+    data[offset] ^= 1
+    shard.write_bytes(bytes(data))
+    os.utime(shard, ns=(1, 1))
+    after = ShardSet(str(shard))
+    assert after.digests == before.digests and after.contents != before.contents
+    monkeypatch.setattr(index, "SMALL", 0)  # a large one, whose index was made by `flamingo data index`
+    os.utime(shard, ns=(2, 2))
+    assert ShardSet(str(shard)).contents == after.contents

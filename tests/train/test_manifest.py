@@ -25,6 +25,18 @@ def test_a_change_names_the_shard_and_the_way_to_accept_it(tmp_path, change):
     check(tmp_path, {"captions": after}, accept=False)  # from now on
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "altered"), [("1 x", "1 y", True), ("1 x", "1", False), ("1", "1 y", False)]
+)
+def test_content_is_compared_where_both_times_it_was_read(tmp_path, before, now, altered):
+    check(tmp_path, {"s": {"a.tar": before}}, accept=False)
+    if altered:
+        with pytest.raises(ValueError, match="a.tar of source 's' was altered"):
+            check(tmp_path, {"s": {"a.tar": now}}, accept=False)
+    else:
+        check(tmp_path, {"s": {"a.tar": now}}, accept=False)
+
+
 def test_many_changes_are_counted(tmp_path):
     check(tmp_path, {"s": {}}, accept=False)
     with pytest.raises(ValueError, match="and 15 more"):

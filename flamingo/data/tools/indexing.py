@@ -21,4 +21,4 @@ def index(patterns: Sequence[str], executor: Executor | None = None) -> Outcome:
 
 
 def _count(path: str) -> int:
-    return load_index(Path(path)).count
+    return load_index(Path(path), content=True).count

@@ -1,0 +1,77 @@
+"""Precisions, offloading, recomputing, adapters, bad steps and loading in pieces, on real ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.train import ways
+from tests.train.ranks import in_ranks
+
+SGD = {"optimizer": {"lr": 1e-3, "warmup_steps": 0}}
+
+
+def test_every_way_to_train_takes_about_the_same_steps(tmp_path):
+    """float16 with its loss scale, offloading, recomputing: against plain float32."""
+    settings = [
+        {},
+        {"autocast": "float16"},
+        {"autocast": "float16", "zero_stage": 2},
+        {"autocast": "bfloat16", "zero_stage": 3},
+        {"zero_stage": 1, "offload": "optimizer"},
+        {"zero_stage": 3, "offload": "all"},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "zero_stage": 3},
+    ]
+    plain, *others = in_ranks(2, tmp_path, ways.losses_of_all, [{**SGD, **s} for s in settings], 3)[0]
+    assert plain[-1] < plain[0]
+    for setting, losses in zip(settings[1:], others, strict=True):
+        half = setting.get("autocast", "float32") != "float32"
+        assert losses == pytest.approx(plain, rel=2e-2 if half else 1e-5), setting
+
+
+@pytest.mark.slow
+def test_compiled_parts_take_the_same_steps(tmp_path):
+    plain, compiled = in_ranks(1, tmp_path, ways.losses_of_all, [SGD, {**SGD, "compile": True}], 3)[0]
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_not_finite_on_one_rank_makes_all_skip_the_step(tmp_path, stage, what):
+    found = in_ranks(2, tmp_path / "out", ways.spoilt, str(tmp_path / "run"), stage, what)
+    for told in found:
+        assert told["skipped"] and told["same"] and told["moved"]
+        assert "max_skipped_steps=1" in told["message"]
+    assert found[0]["after"] == found[1]["after"]
+    kept = sorted(path.name for path in (tmp_path / "run" / "nonfinite").glob("*.json"))
+    ranks = ["00001"] if what == "loss" else ["00000", "00001"]
+    assert kept == [f"step-{step:06d}-rank-{rank}.json" for step in (2, 3) for rank in ranks]
+    keys = json.loads((tmp_path / "run" / "nonfinite" / kept[-1]).read_text())["keys"]
+    assert any("document" in key for part in keys.values() for key in part)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_adapters_are_trained_and_the_language_model_stays_what_it_is(tmp_path, stage):
+    for told in in_ranks(2, tmp_path, ways.adapted, stage):
+        assert told["frozen"] and told["moved"] and told["adapters"] == 14
+
+
+def test_under_zero_3_the_language_model_never_exists_whole_on_a_rank(tmp_path, monkeypatch):
+    # glibc keeps what was freed, unless it is told not to: what is measured is what is in use.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, vocab_size=8000
+    )
+    model = LlamaForCausalLM(config)
+    whole = sum(p.numel() * 4 for p in model.parameters())
+    model.save_pretrained(tmp_path / "lm")
+    for told in in_ranks(2, tmp_path / "out", ways.loaded_in_pieces, str(tmp_path / "lm")):
+        assert told["right"]
+        assert told["pieces"] == pytest.approx(whole / 2, rel=0.01)
+        assert told["most"] < 0.75 * whole

@@ -1,0 +1,147 @@
+"""What ranks do in `test_ways.py`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flamingo.train.engine import Engine, gathered, partitioned
+from flamingo.train.nonfinite import NonFinite
+from flamingo.train.parts import adapters_to_training, add_adapters, compile_parts
+from tests.train.steps import engine_of, micro_batches, recipe, sum_over_ranks, take_step, weights
+
+
+def losses_of_all(settings: list[dict[str, Any]], steps: int) -> list[list[float]]:
+    """Losses of so many steps in each setting."""
+    found = []
+    for fields in settings:
+        given = recipe(**fields)
+        engine = engine_of(given)
+        if given.activation_checkpointing:
+            engine.module.model.gradient_checkpointing_enable()  # type: ignore[union-attr]
+        if given.compile:
+            compile_parts(engine.module.model)  # type: ignore[arg-type]
+        found.append([take_step(engine, given, step)[0] for step in range(steps)])
+        engine.close()
+    return found
+
+
+def spoilt(folder: str, stage: int, what: str) -> dict[str, Any]:
+    """A step whose loss or gradient is not finite on rank 1 alone, and a good one after it."""
+    given = recipe(zero_stage=stage)
+    engine = engine_of(given)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    take_step(engine, given, 0)
+    before = weights(engine)
+    ((batches, rows),) = micro_batches(1, rank, ranks, 1, 0)
+    counts = dict(zip(("captions", "turns"), [100, 100], strict=True))
+    loss, sums = engine(rows, counts)
+    if rank == 1:
+        loss = loss * float("nan") if what == "loss" else _bad_gradient(loss)
+        sums = sums * float("nan") if what == "loss" else sums
+    engine.backward(loss)
+    local = dict(zip(counts, sums.tolist(), strict=True))
+    losses = dict(zip(counts, sum_over_ranks(sums.clone()).tolist(), strict=True))
+    norm = engine.update(1e-2)
+    watch = NonFinite(Path(folder), 1, rank)
+    stepped = dict(zip(counts, ([batches[0]], [batches[1]]), strict=True))
+    skipped = watch.note(2, losses, norm, local, stepped, engine.scale)
+    same = all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    message = ""
+    try:
+        watch.note(3, losses, norm, local, stepped, engine.scale)
+    except ValueError as error:
+        message = str(error)
+    after = take_step(engine, given, 3)
+    moved = any(not torch.equal(value, before[name]) for name, value in weights(engine).items())
+    engine.close()
+    return {"skipped": skipped, "same": same, "message": message, "after": after[0], "moved": moved}
+
+
+class _Bad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0] * float("inf")
+
+
+def _bad_gradient(loss: torch.Tensor) -> torch.Tensor:
+    return _Bad.apply(loss)  # type: ignore[no-any-return]
+
+
+def adapted(stage: int) -> dict[str, Any]:
+    """Steps with adapters in the LM: what was trained, and whether the LM itself moved."""
+    from flamingo.train.features import FeatureCache
+    from flamingo.train.objective import Objective
+    from flamingo.train.precision import LossScale
+    from tests.train.steps import WEIGHTS
+    from tests.train.tiny import tiny_model
+
+    given = recipe(zero_stage=stage, lora={"rank": 2, "dropout": 0.1})
+    model = tiny_model(0.05)
+    assert given.lora
+    add_adapters(model, given.lora)
+    adapters_to_training(model)
+    objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.float32)
+    engine = Engine(objective, given, torch.distributed.get_world_size(), LossScale.of(given.autocast))
+    frozen = {n: p for n, p in objective.named_parameters() if not p.requires_grad and "language" in n}
+    before = {name: _whole(p) for name, p in frozen.items()}
+    adapters = {n: p for n, p in engine.named.items() if "lora_B" in n}
+    for step in range(2):
+        take_step(engine, given, step)
+    after = weights(engine)
+    return {
+        "frozen": all(torch.equal(_whole(p), before[name]) for name, p in frozen.items()),
+        "adapters": len(adapters),
+        "moved": all(bool(after[name].any()) for name in adapters),
+    }
+
+
+def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def loaded_in_pieces(folder: str) -> dict[str, float]:
+    """Bytes of anonymous memory that loading an LM took at most, and that its pieces take."""
+    from transformers import AutoModelForCausalLM
+
+    from flamingo.train.config import ModelConfig
+
+    given = recipe(zero_stage=3).model_copy(
+        update={"model": ModelConfig(vision="timm:x", language=folder, frozen_dtype="float32")}
+    )
+    most, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            most[0] = max(most[0], _anonymous())
+            time.sleep(0.005)
+
+    with partitioned(given, torch.distributed.get_world_size()):
+        before = _anonymous()
+        thread = threading.Thread(target=watch)
+        thread.start()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        stop.set()
+        thread.join()
+    pieces = sum(p.ds_tensor.numel() * 4 for p in model.parameters())
+    right = True
+    if torch.distributed.get_rank() == 0:
+        pass
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, parameter in model.named_parameters():
+        right &= torch.equal(_whole(parameter), expected[name])
+    return {"most": most[0] - before, "pieces": pieces, "right": right}
+
+
+def _anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
