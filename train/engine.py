@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flamingo.train import group
 from flamingo.train.config import Recipe
 from flamingo.train.gauges import norms, squared_norms
 from flamingo.train.moments import KEYS as KEYS
@@ -22,22 +24,30 @@ from flamingo.train.optim import adamw, trained
 from flamingo.train.precision import LossScale
 
 
-def join_group() -> tuple[int, int]:
-    """Join the process group that the launcher announced: (rank, world size)."""
+def join_group(hang_seconds: float = 0.0) -> tuple[int, int]:
+    """Join the process group that the launcher announced: (rank, world size).
+
+    hang_seconds: after which the watchdog speaks of a rank that hangs (0: never); collectives wait
+    longer, so that it is the watchdog that ends the run.
+
+    Raises ValueError for ranks that contradict themselves or have no GPU.
+    """
     import deepspeed
 
-    if not torch.cuda.is_available():
+    me = group.member(os.environ)
+    group.announce(me, os.environ)
+    if torch.cuda.is_available():
+        group.check_device(me, torch.cuda.device_count())
+        torch.cuda.set_device(me.local_rank)
+    else:
         # On a CPU, DeepSpeed compiles a shared-memory op that training never calls: that would
         # need a compiler, and half a minute at the first start.
         deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29511")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
-        "nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+        "nccl" if torch.cuda.is_available() else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=4 * hang_seconds + 600) if hang_seconds else timedelta(days=7),
     )
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
@@ -163,8 +173,8 @@ class Engine:
         The gradients are already summed over the ranks, so all ranks do the same: nothing but
         forgetting the gradients where the norm is not finite.
         """
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+        for part in self.deepspeed.optimizer.param_groups:
+            part["lr"] = rate * part["factor"]
         norm = float("nan")
         if not self.stage:
             norm = self._clip()
@@ -204,12 +214,12 @@ class Engine:
         """(number of a parameter group, gradients that this rank holds of it)."""
         optimizer = self.deepspeed.optimizer
         if not self.stage:
-            for number, group in enumerate(optimizer.param_groups):
-                yield number, [parameter.grad for parameter in group["params"]]
+            for number, part in enumerate(optimizer.param_groups):
+                yield number, [parameter.grad for parameter in part["params"]]
             return
         for number, pieces in optimizer.averaged_gradients.items():
-            group = optimizer.sub_group_to_group_id[number] if self.stage == 3 else number
-            yield group, list(pieces or [])
+            owner = optimizer.sub_group_to_group_id[number] if self.stage == 3 else number
+            yield owner, list(pieces or [])
 
     def close(self) -> None:
         """Give back what the engine holds; the module stays usable below ZeRO-3."""

@@ -74,7 +74,8 @@ class Trainer:
             record["data_seconds"] = round(waited, 4)
             self._report(step, record, batches)
             due = recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0
-            reason = self.company.stopping.agreed(self.engine.device)
+            goes_on = step + 1 < recipe.steps
+            reason = self.company.stopping.agreed(self.engine.device) if goes_on else None
             if due or reason or step + 1 == stop:
                 beat(step + 1, "writing a checkpoint", PATIENCE)
                 self.company.checkpoints.save(self.engine, step + 1)

@@ -6,6 +6,7 @@ What is unfrozen on the way begins a new phase: a checkpoint, and a new engine t
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from flamingo.features import fingerprint
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import short_attention, tune_cpu
-from flamingo.train import checkpoint, engine, manifest, trackers
+from flamingo.train import checkpoint, engine, group, manifest, trackers
 from flamingo.train.checkpoint import Checkpoints, Saved
 from flamingo.train.config import Recipe
 from flamingo.train.export import RECIPE, assemble, export_run
@@ -38,7 +39,7 @@ from flamingo.train.precision import LossScale
 from flamingo.train.stopping import Stopping, forget
 from flamingo.train.watchdog import Watchdog
 
-LOCK_SECONDS = 60.0  # that a run which goes on waits for the one before to end
+LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
 
 
 class SharedError(ValueError):
@@ -88,11 +89,12 @@ def train(
     listens to signals. Raises Stopped when the run is asked to stop, with a checkpoint.
     """
     began = time.monotonic()
-    rank, world = engine.join_group()
+    rank, world = engine.join_group(recipe.watchdog_seconds)
     lock = RunLock(recipe.run)
     try:
-        # A rank that was killed may still be ending while the next try begins.
-        _together(rank, lambda: lock.acquire(wait=LOCK_SECONDS if resume else 0.0))
+        # After a restart, a rank that was killed may still be ending.
+        wait = LOCK_SECONDS if group.restarted(os.environ) else 0.0
+        _together(rank, lambda: lock.acquire(wait))
         _together(rank, lambda: check_folder(recipe, resume))
         _together(rank, lambda: trackers.check(recipe.trackers))
         tune_cpu(processes=1 if torch.cuda.is_available() else world)

@@ -221,9 +221,9 @@ def load_index(path: Path, content: bool = False) -> ShardIndex:
     places = [path.with_name(path.name + ".index.jsonl"), _cache_file(path)]
     for place in places:
         index = read_index(place)
-        if index and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            if index.content or not content:
-                return index
+        holds = index and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        if index and holds and (index.content or not content):
+            return index
         content = content or bool(index and index.content)
     index = build_index(path, content)
     stored = spell(index)
@@ -273,8 +273,8 @@ def parse_index(stored: bytes) -> ShardIndex | None:
         first, _, table = stored.partition(b"\n")
         head = json.loads(first)
         if head["version"] == INDEX_VERSION and head["table"] == sha256(table):
-            sizes = (int(head[name]) for name in ("size", "mtime_ns", "count"))
-            return ShardIndex(*sizes, table, str(head.get("content", "")))
+            size, mtime, count = (int(head[name]) for name in ("size", "mtime_ns", "count"))
+            return ShardIndex(size, mtime, count, table, str(head.get("content", "")))
     except (ValueError, TypeError, KeyError):
         pass
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def take_step(
             engine.next_part()
     sum_over_ranks(total)
     norms = engine.group_norms()
-    return float(total), norms, engine.update(given.optimizer.lr)
+    norm = engine.update(given.optimizer.lr)
+    engine.scale.update(math.isfinite(norm))
+    return float(total), norms, norm
 
 
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:

@@ -15,11 +15,9 @@ SGD = {"optimizer": {"lr": 1e-3, "warmup_steps": 0}}
 
 
 def test_every_way_to_train_takes_about_the_same_steps(tmp_path):
-    """float16 with its loss scale, offloading, recomputing: against plain float32."""
+    """bfloat16, offloading, recomputing: against plain float32."""
     settings = [
         {},
-        {"autocast": "float16"},
-        {"autocast": "float16", "zero_stage": 2},
         {"autocast": "bfloat16", "zero_stage": 3},
         {"zero_stage": 1, "offload": "optimizer"},
         {"zero_stage": 3, "offload": "all"},
@@ -33,31 +31,39 @@ def test_every_way_to_train_takes_about_the_same_steps(tmp_path):
         assert losses == pytest.approx(plain, rel=2e-2 if half else 1e-5), setting
 
 
+def test_float16_finds_its_loss_scale_and_learns(tmp_path):
+    settings = [{**SGD, "autocast": "float16", "zero_stage": stage} for stage in (0, 2)]
+    one, two = in_ranks(2, tmp_path, ways.losses_of_all, settings, 10)[0]
+    assert one[0] > 4 and min(one) < 3.7
+    assert two == pytest.approx(one, rel=1e-2)
+
+
 @pytest.mark.slow
 def test_compiled_parts_take_the_same_steps(tmp_path):
     plain, compiled = in_ranks(1, tmp_path, ways.losses_of_all, [SGD, {**SGD, "compile": True}], 3)[0]
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_what_is_not_finite_on_one_rank_makes_all_skip_the_step(tmp_path, stage, what):
-    found = in_ranks(2, tmp_path / "out", ways.spoilt, str(tmp_path / "run"), stage, what)
-    for told in found:
-        assert told["skipped"] and told["same"] and told["moved"]
-        assert "max_skipped_steps=1" in told["message"]
-    assert found[0]["after"] == found[1]["after"]
-    kept = sorted(path.name for path in (tmp_path / "run" / "nonfinite").glob("*.json"))
-    ranks = ["00001"] if what == "loss" else ["00000", "00001"]
-    assert kept == [f"step-{step:06d}-rank-{rank}.json" for step in (2, 3) for rank in ranks]
-    keys = json.loads((tmp_path / "run" / "nonfinite" / kept[-1]).read_text())["keys"]
-    assert any("document" in key for part in keys.values() for key in part)
+def test_what_is_not_finite_on_one_rank_makes_all_skip_the_step(tmp_path):
+    cases = [(stage, what) for stage in (0, 1, 2, 3) for what in ("loss", "gradient")]
+    one, two = in_ranks(2, tmp_path / "out", ways.all_spoilt, str(tmp_path), cases)
+    for (stage, what), first, second in zip(cases, one, two, strict=True):
+        for told in (first, second):
+            assert told["skipped"] and told["same"] and told["moved"], (stage, what)
+            assert "max_skipped_steps=1" in told["message"]
+        assert first["after"] == second["after"]
+        folder = tmp_path / f"{stage}-{what}" / "nonfinite"
+        kept = sorted(path.name for path in folder.glob("*.json"))
+        ranks = ["00001"] if what == "loss" else ["00000", "00001"]
+        assert kept == [f"step-{step:06d}-rank-{rank}.json" for step in (2, 3) for rank in ranks]
+        keys = json.loads((folder / kept[-1]).read_text())["keys"]
+        assert any("document" in key for part in keys.values() for key in part)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_adapters_are_trained_and_the_language_model_stays_what_it_is(tmp_path, stage):
-    for told in in_ranks(2, tmp_path, ways.adapted, stage):
-        assert told["frozen"] and told["moved"] and told["adapters"] == 14
+def test_adapters_are_trained_and_the_language_model_stays_what_it_is(tmp_path):
+    for found in in_ranks(2, tmp_path, ways.all_adapted, [0, 2, 3]):
+        for told in found:
+            assert told["frozen"] and told["moved"] and told["adapters"] == 14
 
 
 def test_under_zero_3_the_language_model_never_exists_whole_on_a_rank(tmp_path, monkeypatch):

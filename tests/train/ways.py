@@ -30,6 +30,10 @@ def losses_of_all(settings: list[dict[str, Any]], steps: int) -> list[list[float
     return found
 
 
+def all_spoilt(folder: str, cases: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    return [spoilt(f"{folder}/{stage}-{what}", stage, what) for stage, what in cases]
+
+
 def spoilt(folder: str, stage: int, what: str) -> dict[str, Any]:
     """A step whose loss or gradient is not finite on rank 1 alone, and a good one after it."""
     given = recipe(zero_stage=stage)
@@ -74,6 +78,10 @@ class _Bad(torch.autograd.Function):
 
 def _bad_gradient(loss: torch.Tensor) -> torch.Tensor:
     return _Bad.apply(loss)  # type: ignore[no-any-return]
+
+
+def all_adapted(stages: list[int]) -> list[dict[str, Any]]:
+    return [adapted(stage) for stage in stages]
 
 
 def adapted(stage: int) -> dict[str, Any]:
