@@ -34,7 +34,7 @@ def test_every_way_to_train_takes_about_the_same_steps(tmp_path):
 def test_float16_finds_its_loss_scale_and_learns(tmp_path):
     settings = [{**SGD, "autocast": "float16", "zero_stage": stage} for stage in (0, 2)]
     one, two = in_ranks(2, tmp_path, ways.losses_of_all, settings, 10)[0]
-    assert one[0] > 4 and min(one) < 3.7
+    assert one[0] > 4 and min(one) < 3.75
     assert two == pytest.approx(one, rel=1e-2)
 
 
