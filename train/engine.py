@@ -92,8 +92,7 @@ def configuration(recipe: Recipe, world: int) -> dict[str, Any]:
     Raises ValueError for a key of that section that the recipe says in its own words.
     """
     batch = sum(source.batch for source in recipe.sources)
-    # DeepSpeed's own size takes 2 GB of every rank, however small what is trained.
-    zero: dict[str, Any] = {"stage": recipe.zero_stage, "reduce_bucket_size": 50_000_000}
+    zero: dict[str, Any] = {"stage": recipe.zero_stage}
     if recipe.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if recipe.offload == "all":

@@ -81,3 +81,11 @@ def test_under_zero_3_the_language_model_never_exists_whole_on_a_rank(tmp_path, 
         assert told["right"]
         assert told["pieces"] == pytest.approx(whole / 2, rel=0.01)
         assert told["most"] < 0.75 * whole
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before_and_tells_all_ranks(tmp_path):
+    one, two = in_ranks(2, tmp_path / "out", ways.writes_that_fail, str(tmp_path))
+    assert len(one) == len(ways.FAILURES)
+    for (what, message, newest), (_, other, _) in zip(one, two, strict=True):
+        assert "step-000002 cannot be written" in message and "rank 0" in message, what
+        assert message == other and newest == "step-000001", what

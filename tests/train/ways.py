@@ -153,3 +153,46 @@ def loaded_in_pieces(folder: str) -> dict[str, float]:
 def _anonymous() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def writes_that_fail(folder: str) -> list[tuple[str, str, str]]:
+    """(what failed, the message, the checkpoint that is then found) for every write of a checkpoint."""
+    from unittest import mock
+
+    from flamingo.train import checkpoint
+
+    given = recipe(zero_stage=1)
+    engine = engine_of(given)
+    found = []
+    rank = torch.distributed.get_rank()
+    for number, (name, target, error) in enumerate(FAILURES):
+        place = Path(folder) / str(number)
+        checkpoints = checkpoint.Checkpoints(place, given.identity(), background=number % 2 == 1)
+        checkpoints.save(engine, 1)
+        checkpoints.finish()
+        message = ""
+        broken = mock.patch(target, side_effect=error) if rank == 0 else mock.MagicMock()
+        try:
+            with broken:
+                checkpoints.save(engine, 2)
+                checkpoints.finish()
+        except OSError as told:
+            message = str(told)
+        newest = checkpoint.newest(place, given.identity())
+        found.append((name, message, newest.name if newest else ""))
+        torch.distributed.barrier()
+    engine.close()
+    return found
+
+
+NO_SPACE, NO_READING = OSError(28, "No space left on device"), OSError(5, "Input/output error")
+FAILURES = [
+    ("tensors, disk full", "flamingo.train.checkpoint.save_file", NO_SPACE),
+    ("tensors, in the background", "flamingo.train.checkpoint.save_file", NO_READING),
+    ("fsync", "flamingo.train.checkpoint.os.fsync", NO_READING),
+    ("checksum", "flamingo.train.checkpoint.fingerprint", NO_READING),
+    ("text", "pathlib.Path.write_text", NO_SPACE),
+    ("folder", "pathlib.Path.mkdir", NO_SPACE),
+    ("rename", "pathlib.Path.rename", NO_READING),
+    ("folder's fsync", "flamingo.train.checkpoint.fsync_folder", NO_READING),
+]

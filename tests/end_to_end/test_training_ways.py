@@ -1,0 +1,54 @@
+"""Adapters, unfreezing on the way and ZeRO-3 from the command line, resumed and exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from flamingo.train.checkpoint import Saved
+
+COMMON = ("blank_every=0", "checkpoint_every=0", "feature_cache_gb=0", "autocast=float32")
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_adapters_under_zero_3_are_trained_and_merged_into_the_export(world: Path, tmp_path: Path, cli):
+    run = tmp_path / "run"
+    settings = (*COMMON, "model.frozen_dtype=float32", "zero_stage=3", "lora={rank: 2}", "steps=2")
+    done = cli("train", world / "recipe.yaml", f"run={run}", *settings, "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = Saved(run / "checkpoints" / "step-000002").names
+    assert any("lora_B" in name for name in names)
+    done = cli("export", run, tmp_path / "model")
+    assert done.returncode == 0 and "after step 2" in done.stdout, done.stderr
+    exported, lm = (load_file(p / "model.safetensors") for p in (tmp_path / "model", world / "language"))
+    assert not any("lora" in name for name in exported)
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(exported[f"language_model.{layer}"], lm[layer])
+    table = "model.embed_tokens.weight"
+    assert torch.equal(exported[f"language_model.{table}"], lm[table])
+
+
+def test_what_is_unfrozen_on_the_way_is_trained_from_there_and_resumed(world: Path, tmp_path: Path, cli):
+    run = tmp_path / "run"
+    unfreeze = "unfreeze=[{part: embeddings, start: 2}]"
+    settings = (*COMMON, "model.frozen_dtype=float32", unfreeze, "steps=3", "zero_stage=1")
+    arguments = ("train", world / "recipe.yaml", f"run={run}", *settings, "--processes", "2")
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    early, late = (Saved(run / "checkpoints" / f"step-00000{step}").names for step in (2, 3))
+    assert set(late - early) == {"model.language_model.model.embed_tokens.weight"}
+    exported, lm = (load_file(p / "model.safetensors") for p in (run / "model", world / "language"))
+    table = "model.embed_tokens.weight"
+    assert not torch.equal(exported[f"language_model.{table}"], lm[table])
+    whole = losses(run)
+    shutil.rmtree(run / "checkpoints" / "step-000003")  # goes on at the very step of the change
+    done = cli(*arguments, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(run) == whole
