@@ -110,7 +110,9 @@ class FlamingoForConditionalGeneration(
             for scale in config.cross_attention_scale or [1.0] * len(config.block_positions)
         )
         tables = (self.get_input_embeddings(), self.get_output_embeddings())
-        self.added_tokens = AddedTokens(config.added_tokens, *(table.weight.shape[1] for table in tables))
+        # Of a table that lies in pieces on several ranks, only `ds_shape` tells the size.
+        shapes = [getattr(table.weight, "ds_shape", table.weight.shape) for table in tables]
+        self.added_tokens = AddedTokens(config.added_tokens, *(shape[1] for shape in shapes))
         takes = inspect.signature(self.language_model.forward).parameters
         self._takes_positions = "position_ids" in takes  # ALiBi models have none
         self._decoder = Decoder(config, self)
