@@ -1,0 +1,57 @@
+"""A run whose ranks are killed at any moment goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.ranks import _rank, free_port, in_ranks
+from tests.train.steps import to_the_end
+
+STEPS, EVERY = 400, 2
+
+
+def killed(folder: Path, out: Path, chance: random.Random, in_a_write: bool) -> bool:
+    """Start two ranks and kill them, inside a checkpoint write or anywhere; whether it was in one."""
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = (2, free_port(), str(out), to_the_end, (str(folder), STEPS, EVERY))
+    context = torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
+        _rank, arguments, 2, join=False, start_method="spawn"
+    )
+    seen, until = len(list(folder.glob("step-*"))), time.monotonic() + 120
+    before = max((p.name for p in folder.glob("step-*")), default="")
+    while time.monotonic() < until:  # until it has begun, and made a checkpoint of its own
+        if max((p.name for p in folder.glob("step-*")), default="") > before and seen >= 0:
+            break
+        if not all(process.is_alive() for process in context.processes):
+            break
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.1))
+    while in_a_write and time.monotonic() < until and not list(folder.glob(".step-*.part")):
+        time.sleep(0.0002)
+    time.sleep(chance.uniform(0, 0.01))
+    writing = bool(list(folder.glob(".step-*.part")))
+    for process in context.processes:
+        process.kill()
+    for process in context.processes:
+        process.join()
+    return writing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [50])
+def test_ranks_killed_at_random_moments_resume_to_the_same_weights(tmp_path, kills):
+    """Half of the kills are aimed at the writing of a checkpoint."""
+    chance, writing = random.Random(0), 0  # noqa: S311
+    for number in range(kills):
+        writing += killed(tmp_path / "run", tmp_path / f"out-{number}", chance, number % 2 == 0)
+    assert writing >= kills // 4
+    again = in_ranks(2, tmp_path / "again", to_the_end, str(tmp_path / "run"), STEPS, EVERY)
+    whole = in_ranks(2, tmp_path / "whole", to_the_end, str(tmp_path / "unbroken"), STEPS, EVERY)
+    for one, other in zip(again, whole, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    print(f"{kills} kills, {writing} of them inside a checkpoint write")
