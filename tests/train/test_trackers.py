@@ -120,6 +120,7 @@ def test_wandb_does_not_write_steps_that_the_service_has():
     assert logged == [4, 5]
 
 
+@pytest.mark.slow  # trackio speaks once more when the process ends, below pytest's closing line
 def test_trackio_has_every_number_of_a_resumed_run_in_one_run(tmp_path, said, monkeypatch):
     pytest.importorskip("trackio")
     from trackio import sqlite_storage, utils
