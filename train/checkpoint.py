@@ -254,7 +254,7 @@ def damage(path: Path) -> str | None:
 class Saved:
     """The tensors of a checkpoint, each read when it is asked for.
 
-    Raises ValueError for a tensor of another shape than `shape`, or one that is not there.
+    Nothing is checked before `check` is called.
     """
 
     def __init__(self, path: Path):
@@ -300,10 +300,9 @@ class Saved:
     @torch.no_grad()
     def moments_into(self, engine: engines.Engine) -> None:
         """Put the optimizer's state and the loss scale into an engine."""
-        for name in engine.named:
-            if name in self.names:
-                kinds = (*engines.KEYS, engines.STEP)
-                engine.moments.write(name, {kind: self(kind, name) for kind in kinds})
+        kinds = (*engines.KEYS, engines.STEP)
+        for name in sorted(self.names.intersection(engine.named)):  # all ranks in one order
+            engine.moments.write(name, {kind: self(kind, name) for kind in kinds})
         engine.scale.restore(self.manifest["loss_scale"])
 
 

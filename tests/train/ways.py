@@ -142,8 +142,6 @@ def loaded_in_pieces(folder: str) -> dict[str, float]:
         thread.join()
     pieces = sum(p.ds_tensor.numel() * 4 for p in model.parameters())
     right = True
-    if torch.distributed.get_rank() == 0:
-        pass
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for name, parameter in model.named_parameters():
         right &= torch.equal(_whole(parameter), expected[name])
