@@ -1,4 +1,4 @@
-"""How the frozen LM attends on a CPU: plain products, in the LM's own dtype. Knows no other room.
+"""How the frozen LM attends on a CPU: plain products, in the LM's own dtype.
 
 torch's fused kernel is made for long rows on many cores: with one query its time is mostly
 packing, and backwards it takes many times the products themselves.
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from flamingo.attention_blocks import blocks_of
+
 NAME = "plain"
 
 
@@ -29,7 +31,8 @@ def plain_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """float[B, H, T, D] queries, float[B, K, C, D] keys and values -> float[B, T, H, D], weights.
+    """float[B, H, T, D] queries, float[B, K, C, D] keys and values -> float[B, T, H, D], weights
+    (of packed rows those within the blocks that are computed).
 
     attention_mask: float[B or 1, 1, T, C], added to the scores.
     """
@@ -42,11 +45,17 @@ def plain_attention(
     elif groups > 1:
         key, value = (repeat(x, "b k c d -> b (k g) c d", g=groups) for x in (key, value))
     factor: float = width**-0.5 if scaling is None else scaling
-    if attention_mask is not None:
+    blocks = None
+    if attention_mask is not None and attention_mask.shape[2:] == (queries, key.shape[2]):
+        blocks = blocks_of(attention_mask) if len(attention_mask) == batch and _blocks_help(queries) else None
+    elif attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if blocks is not None:
+        query, key, value = (blocks.gather(x) for x in (query, key, value))
+        attention_mask = blocks.mask
     if dropout and module.training:
         weights = F.dropout(_weights(query, key, attention_mask, factor), dropout)
         out = weights @ value
@@ -54,7 +63,14 @@ def plain_attention(
         out, weights = _Attention.apply(query, key, value, attention_mask, factor)  # type: ignore[misc]
     if queries == 1:
         out, weights = out.view(batch, heads, 1, -1), weights.view(batch, heads, 1, -1)
+    if blocks is not None:
+        return blocks.scatter(out, batch), weights
     return rearrange(out, "b h t d -> b t h d").contiguous(), weights
+
+
+def _blocks_help(queries: int) -> bool:
+    """Not within torch.compile: a graph that breaks here costs more than whole rows do."""
+    return queries > 1 and not torch.compiler.is_compiling()
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

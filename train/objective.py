@@ -56,9 +56,17 @@ class Objective(nn.Module):
             loss = loss + (nll * share[source]).sum()
         if torch.is_grad_enabled():
             # What no row of this rank uses still takes part in every reduction.
-            whole = [p for p in self.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
-            loss = loss + 0.0 * sum(p.sum() for p in whole)
+            loss = loss + 0.0 * sum(p.sum() for p in self._unsure(bool(passes)))
         return loss, sums
+
+    def _unsure(self, passed: bool) -> list[nn.Parameter]:
+        """Trained parameters that a rank need not have used: of the LM and the encoder, or all where
+        it had no rows. In the connecting parts each pass has an image and goes through all."""
+        model = self.model
+        always = () if not passed else (model.resampler, model.gated_blocks, model.added_tokens)
+        sure = {id(p) for part in always for p in part.parameters()}
+        wanted = (p for p in self.parameters() if p.requires_grad and not hasattr(p, "ds_id"))
+        return [p for p in wanted if id(p) not in sure]
 
     def _nll(self, rows: Rows, blank: bool) -> tuple[Tensor, Tensor]:
         """NLL of each target, row by row: float32[M]; and its logits, float[M, V]."""

@@ -94,9 +94,13 @@ def adapters_to_training(model: FlamingoForConditionalGeneration) -> None:
 
 
 def compile_parts(model: FlamingoForConditionalGeneration) -> None:
-    """torch.compile each decoder layer, gated block and the resampler; rows vary in length."""
-    for module in (model.resampler, *model.gated_blocks, *find_decoder_layers(model.language_model)):
-        module.compile(dynamic=True)
+    """torch.compile the forward of each decoder layer and of the resampler; rows vary in length.
+
+    The forward and not the module: a module's graph would take in the hooks, and with them the
+    gated blocks, whose shapes depend on which tokens see an image.
+    """
+    for module in (model.resampler, *find_decoder_layers(model.language_model)):
+        module.forward = torch.compile(module.forward, dynamic=True)
 
 
 def _to_float32(module: nn.Module) -> None:

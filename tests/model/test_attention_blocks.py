@@ -1,0 +1,72 @@
+"""Blocks of whole documents: found in any mask, with the results and gradients of whole rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from einops import rearrange
+
+from flamingo.attention import plain_attention
+from flamingo.attention_blocks import blocks_of
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def mask_of(documents: list[list[int]], window: int = 0) -> torch.Tensor:
+    """float[B, 1, T, T]: causal within each document, at most `window` tokens back if not 0."""
+    segments = torch.tensor([[n for n, size in enumerate(row) for _ in range(size)] for row in documents])
+    index = torch.arange(segments.shape[1])
+    back = index[:, None] - index
+    seen = (segments[:, :, None] == segments[:, None, :]) & (back >= 0)
+    if window:
+        seen &= back < window
+    return torch.zeros(seen.shape).masked_fill(~seen, LOWEST)[:, None]
+
+
+def whole(q, k, v, mask):
+    scores = q @ k.repeat_interleave(2, dim=1).transpose(-1, -2) * q.shape[-1] ** -0.5 + mask
+    return rearrange(scores.softmax(-1) @ v.repeat_interleave(2, dim=1), "b h t d -> b t h d")
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("documents", [[[5, 4, 3, 5, 7]], [[9, 2, 7, 6], [4, 5, 6, 9]], [[1] * 12 + [6]]])
+def test_blocks_give_the_results_and_gradients_of_whole_rows(documents, window):
+    torch.manual_seed(0)
+    mask = mask_of(documents, window)
+    batch, tokens = len(documents), mask.shape[-1]
+    q = torch.randn(batch, 4, tokens, 8, requires_grad=True)
+    k, v = (torch.randn(batch, 2, tokens, 8, requires_grad=True) for _ in range(2))
+    blocks = blocks_of(mask)
+    assert blocks is not None and blocks.tokens.shape[1] == max(map(max, documents))
+    ours, theirs = plain_attention(torch.nn.Identity(), q, k, v, mask)[0], whole(q, k, v, mask)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    wanted = torch.randn_like(ours)
+    grads = [torch.autograd.grad((x * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_every_token_has_one_place():
+    blocks = blocks_of(mask_of([[5, 4, 3, 5, 7]]))
+    assert blocks is not None
+    assert sorted(blocks.tokens[blocks.used].tolist()) == list(range(24))
+    assert blocks.tokens.flatten()[blocks.places].tolist() == list(range(24))
+
+
+def test_one_document_a_row_is_left_whole():
+    assert blocks_of(mask_of([[12], [12]])) is None
+
+
+def test_left_padding_is_no_document_of_the_text_behind_it():
+    seen = torch.ones(8, 8, dtype=torch.bool).tril()
+    seen[:, :3] = False
+    mask = torch.zeros(1, 1, 8, 8).masked_fill(~seen, LOWEST)
+    q, k, v = (torch.randn(1, 2 if i else 4, 8, 8) for i in range(3))
+    ours = plain_attention(torch.nn.Identity(), q, k, v, mask)[0]
+    torch.testing.assert_close(ours[:, 3:], whole(q, k, v, mask)[:, 3:], atol=1e-6, rtol=1e-5)
+
+
+def test_a_mask_that_lets_documents_see_each_other_is_not_cut():
+    mask = mask_of([[4, 4, 4]])
+    mask[0, 0, 11, 0] = 0.0  # the last token sees the first
+    assert blocks_of(mask) is None
