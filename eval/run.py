@@ -6,40 +6,23 @@ interrupted evaluation are kept and not computed again. Processes need not talk 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from tqdm import tqdm
 
-from flamingo.eval import benchmarks
-from flamingo.eval.few_shot import Setting, build, sample
-
-POOL = 2048  # demonstrations that shots are drawn from, as in the papers' support sets
-
-
-def settings(seed: int, control_limit: int | None, query_limit: int | None) -> list[Setting]:
-    """What a report needs: 0 shots on all queries, 4 shots and the controls on a sample."""
-    limit = min((x for x in (control_limit, query_limit) if x is not None), default=None)
-    return [
-        Setting(0, None, query_limit, seed),
-        Setting(0, "blank", limit, seed),
-        Setting(4, None, limit, seed),
-        Setting(4, "text_only_shots", limit, seed),
-    ]
-
-
-def fingerprint(model: Path) -> str:
-    """Tells one model folder from another: digest of its config, and size and time of weights."""
-    digest = hashlib.sha256((model / "config.json").read_bytes())
-    for file in sorted(model.glob("*.safetensors")):
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+from flamingo.eval import metrics
+from flamingo.eval.benchmarks import Example, Prediction
+from flamingo.eval.config import EvalConfig
+from flamingo.eval.few_shot import Prompt, Setting, blanked, build, choose_shots, sample, shuffled
+from flamingo.eval.task import Task
 
 
 def answers_file(out: Path, setting: Setting, rank: int) -> Path:
@@ -50,58 +33,13 @@ def answer_files(out: Path, setting: Setting) -> list[Path]:
     return sorted(out.glob(f"{setting.slug}.[0-9]*.jsonl"))
 
 
-def _drop_cut_line(path: Path) -> None:
+def drop_cut_line(path: Path) -> None:
     """An interrupted process may have left half a line, which the next would be written onto."""
     if path.exists() and not path.read_text().endswith("\n"):
         whole = path.read_text().rpartition("\n")
         scratch = path.with_suffix(".part")
         scratch.write_text(whole[0] + whole[1])
         scratch.replace(path)
-
-
-def run_part(
-    benchmark_name: str, model: Path, out: Path, chosen: Sequence[Setting], rank: int, world: int
-) -> None:
-    """Answer this process's share of every setting; one JSON line per query."""
-    from flamingo.eval.predictor import Predictor
-
-    benchmark, predictor = benchmarks.load(benchmark_name), Predictor(model)
-    queries = benchmark.queries()
-    pool = sample(benchmark.demonstrations(), Setting(limit=POOL))
-    for setting in chosen:
-        path = answers_file(out, setting, rank)
-        _drop_cut_line(path)
-        # Of any earlier process: shares never overlap, however many processes there were.
-        done = {record["id"] for record in read_answers(answer_files(out, setting))}
-        # Questions about a picture follow each other: one process encodes it.
-        whole = sample(queries, setting)
-        mine = whole[rank * len(whole) // world : (rank + 1) * len(whole) // world]
-        todo = [query for query in mine if query.id not in done]
-        began = time.monotonic()
-        prompts = [build(benchmark, pool, query, setting) for query in todo]
-        quiet = rank > 0 or not sys.stderr.isatty()
-        with (
-            path.open("a") as file,
-            tqdm(
-                total=len(mine), initial=len(mine) - len(todo), desc=setting.name, unit="query", disable=quiet
-            ) as bar,
-        ):
-            for prompt, prediction in predictor.predict(prompts):
-                example = prompt.example
-                record = {
-                    "id": example.id,
-                    "question": example.question,
-                    "answer": list(example.answers),
-                    "prediction": prediction,
-                    "score": benchmark.score(prediction, example),
-                    "kind": example.kind,
-                    "image": str(example.image),
-                }
-                file.write(json.dumps(record) + "\n")
-                bar.update()
-        if rank == 0 and quiet and todo:
-            rate = len(todo) / (time.monotonic() - began)
-            print(f"{setting.name}: {len(mine)} queries, {rate:.1f}/s in each process", flush=True)
 
 
 def read_answers(paths: Iterable[Path]) -> list[dict]:
@@ -116,51 +54,136 @@ def read_answers(paths: Iterable[Path]) -> list[dict]:
     return records
 
 
-def collect(benchmark_name: str, out: Path, chosen: Sequence[Setting], seconds: float) -> dict:
-    """All processes' answers as one summary; raises ValueError unless each query is there once."""
-    benchmark = benchmarks.load(benchmark_name)
-    queries = benchmark.queries()
-    summary = {
-        "benchmark": benchmark_name,
-        "description": benchmark.DESCRIPTION,
-        "blind_accuracy": benchmark.BLIND_ACCURACY,
-        "seconds": round(seconds, 1),
-        "settings": {},
-    }
-    for setting in chosen:
-        records = read_answers(answer_files(out, setting))
-        wanted = {query.id for query in sample(queries, setting)}
-        found = [record["id"] for record in records]
-        if len(found) != len(wanted) or set(found) != wanted:
-            raise ValueError(
-                f"{out}: {setting.name} has {len(found)} answers to {len(set(found))} questions, "
-                f"{len(wanted)} were asked; delete the folder and run again"
+@dataclass
+class Part:
+    """One process's share of an evaluation: what it needs for all settings."""
+
+    task: Task
+    config: EvalConfig
+    predictor: Any  # flamingo.eval.predictor.Predictor
+    out: Path
+    rank: int
+    world: int
+
+    def run(self, setting: Setting) -> None:
+        """Answer this process's share of a setting; one JSON line per query."""
+        path = answers_file(self.out, setting, self.rank)
+        drop_cut_line(path)
+        # Of any earlier process: shares never overlap, however many processes there were.
+        done = {record["id"] for record in read_answers(answer_files(self.out, setting))}
+        # Questions about a picture follow each other: one process encodes it.
+        whole = sample(self.task.queries, setting)
+        mine = whole[self.rank * len(whole) // self.world : (self.rank + 1) * len(whole) // self.world]
+        todo = [query for query in mine if query.id not in done]
+        began = time.monotonic()
+        quiet = self.rank > 0 or not sys.stderr.isatty()
+        bar = tqdm(
+            total=len(mine), initial=len(mine) - len(todo), desc=setting.name, unit="query", disable=quiet
+        )
+        with path.open("a") as file, bar:
+            for record in self._records(todo, setting):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                bar.update()
+        if self.rank == 0 and quiet and todo:
+            rate = len(todo) / (time.monotonic() - began)
+            print(f"{setting.name}: {len(mine)} queries, {rate:.1f}/s in each process", flush=True)
+
+    def _records(self, todo: list[Example], setting: Setting) -> Iterator[dict]:
+        if not todo:
+            return
+        shots = {query.id: self._shots(query, setting) for query in todo}
+        for query, prediction, raw in self._answered(todo, shots, setting):
+            yield self._record(query, shots[query.id], prediction, raw)
+
+    def _shots(self, query: Example, setting: Setting) -> list[Example]:
+        return choose_shots(self.task.pool, query, setting, self.task.neighbours)
+
+    def _record(self, query: Example, shots: Sequence[Example], prediction: Prediction, raw: str) -> dict:
+        scores = metrics.load(self.task.benchmark.METRICS[0]).per_sample([prediction], [query])
+        benchmark = self.task.benchmark
+        return {
+            "id": query.id,
+            "question": query.question,
+            "answers": list(query.answers),
+            "kind": query.kind,
+            "image": str(query.image),
+            "prediction": prediction.text,
+            "raw": raw,
+            "scores": list(prediction.scores),
+            "shots": [
+                {"id": s.id, "image": str(s.image), "answer": benchmark.tidy(benchmark.completion(s))}
+                for s in shots
+            ],
+            "score": scores[0] if scores and self.task.scores_alone else None,
+        }
+
+    def _answered(
+        self, todo: Sequence[Example], shots: dict[str, list[Example]], setting: Setting
+    ) -> Iterator[tuple[Example, Prediction, str]]:
+        """(query, prediction, text as generated), as they come; after all orders where there are several."""
+        prompts = [
+            build(
+                self.task.benchmark,
+                query,
+                shuffled(shots[query.id], order, query),
+                setting,
+                self.task.template(order),
             )
-        summary["settings"][setting.name] = summarise(setting, records)
-    return summary
+            for order in range(self.config.ensemble)
+            for query in todo
+        ]
+        answered = self._ranked(prompts) if self.task.classes else self._generated(prompts)
+        if self.config.ensemble == 1:
+            yield from answered
+            return
+        held: dict[str, list[tuple[Prediction, str]]] = {}
+        for query, prediction, raw in answered:
+            held.setdefault(query.id, []).append((prediction, raw))
+            if len(held[query.id]) == self.config.ensemble:
+                yield query, *together(held.pop(query.id), self.task.classes)
+
+    def _generated(self, prompts: list[Prompt]) -> Iterator[tuple[Example, Prediction, str]]:
+        for prompt, raw in self.predictor.predict(prompts):
+            example = prompt.example
+            yield example, Prediction(example.id, self.task.benchmark.tidy(raw)), raw
+
+    def _ranked(self, prompts: list[Prompt]) -> Iterator[tuple[Example, Prediction, str]]:
+        """The likeliest class of each prompt; calibrated, relative to the same prompt about a blank."""
+        for prompt, scores in self.predictor.rank(prompts, self.task.classes):
+            if self.config.calibrate:
+                ((_, bias),) = self.predictor.rank([blanked(prompt)], self.task.classes)
+                scores = tuple(s - b for s, b in zip(scores, bias, strict=True))
+            text = self.task.best(scores)
+            yield prompt.example, Prediction(prompt.example.id, text, tuple(scores)), text
 
 
-def summarise(setting: Setting, records: list[dict]) -> dict:
-    """Accuracy, its interval and the accuracy of each question kind."""
-    kinds: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        kinds[record["kind"]].append(record["score"])
-    scores = [record["score"] for record in records]
-    return {
-        "shots": setting.shots,
-        "control": setting.control,
-        "n": len(scores),
-        "accuracy": round(sum(scores) / len(scores), 6),
-        "interval": wilson(sum(scores), len(scores)),
-        "by_kind": {
-            kind: {"n": len(s), "accuracy": round(sum(s) / len(s), 6)} for kind, s in sorted(kinds.items())
-        },
-    }
+def together(answers: Sequence[tuple[Prediction, str]], classes: Sequence[str]) -> tuple[Prediction, str]:
+    """One answer of several orders: the mean of the log-likelihoods, or the commonest text, of which
+    the first that was given where several are as common."""
+    first = answers[0][0]
+    if classes:
+        means = tuple(sum(each) / len(answers) for each in zip(*(p.scores for p, _ in answers), strict=True))
+        text = classes[max(range(len(means)), key=means.__getitem__)].strip()
+        return Prediction(first.id, text, means), text
+    counts = Counter(prediction.text for prediction, _ in answers)
+    common = max(counts.values())
+    return next((p, raw) for p, raw in answers if counts[p.text] == common)
 
 
-def wilson(right: float, total: int, z: float = 1.96) -> list[float]:
-    """95 % interval of a share (Wilson 1927): sound at 0 and 1, unlike the normal one."""
-    share, spread = right / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * ((share * (1 - share) + spread / 4) / total) ** 0.5 / (1 + spread)
-    return [round(max(0.0, middle - half), 6), round(min(1.0, middle + half), 6)]
+def check_complete(
+    benchmark: ModuleType, out: Path, setting: Setting, queries: Sequence[Example]
+) -> list[dict]:
+    """The records of a setting in the order of its queries.
+
+    Raises ValueError unless each query was answered exactly once.
+    """
+    records = read_answers(answer_files(out, setting))
+    wanted = [query.id for query in sample(queries, setting)]
+    by_id = {record["id"]: record for record in records}
+    if len(records) != len(wanted) or by_id.keys() != set(wanted):
+        raise ValueError(
+            f"{out}: {setting.slug} has {len(records)} answers to {len(by_id)} questions of "
+            f"{benchmark.TITLE}, {len(wanted)} were asked; delete the folder, or run again with --overwrite"
+        )
+    return [by_id[each] for each in wanted]

@@ -11,6 +11,7 @@ from flamingo.checkpoints.commands import app as convert_app
 from flamingo.data.commands import app as data_app
 from flamingo.data.tools import commands as tools
 from flamingo.data.tools.commands import plain_errors
+from flamingo.eval.commands import app as eval_app
 
 app = typer.Typer(
     help="Flamingo: a frozen language model that sees. Make data, train, evaluate, ask.",
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.add_typer(eval_app, name="eval")
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
 Processes = Annotated[
@@ -119,36 +121,6 @@ def plan(
 
     with plain_errors():
         run(recipe, overrides or [], gpus, gpu_memory, utilisation, peak, images or [], as_json)
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model folder, e.g. runs/quickstart/model.")],
-    out: Annotated[Path | None, typer.Option(help="Where results go. Default: the model's parent.")] = None,
-    benchmark: Annotated[str, typer.Option(help="Name of a benchmark.")] = "easy_vqa",
-    control_limit: Annotated[
-        int, typer.Option(min=1, help="Queries for 4 shots and the controls, a fixed sample.")
-    ] = 2000,
-    limit: Annotated[int | None, typer.Option(min=1, help="Queries for 0 shots. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the sample and the shots.")] = 0,
-    processes: Processes = None,
-    overwrite: Annotated[bool, typer.Option(help="Delete answers that are there.")] = False,
-) -> None:
-    """Few-shot evaluation with controls: 0 and 4 shots, images blanked, shots without images."""
-    from flamingo.runtime import quiet_libraries
-
-    quiet_libraries()
-    from flamingo.eval.session import evaluate as run
-
-    with plain_errors():
-        folder = out or model.parent
-        summary = run(model, folder, benchmark, control_limit, limit, processes, seed, overwrite)
-        for name, result in summary["settings"].items():
-            low, high = result["interval"]
-            typer.echo(
-                f"{name:32} {result['accuracy']:7.2%}  ({low:.1%} to {high:.1%}, {result['n']} questions)"
-            )
-        typer.echo(f"{folder / 'eval.json'}")
 
 
 @app.command()

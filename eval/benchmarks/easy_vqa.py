@@ -5,21 +5,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flamingo.data import easy_vqa
-from flamingo.eval.benchmarks import Example
+from flamingo.eval.benchmarks import Example, File
 
+TITLE = "easy-VQA"
 DESCRIPTION = "easy-VQA, test split: exact match of the generated answer"
-BLIND_ACCURACY = 0.670  # the training split's commonest answer of each question, measured
+LICENCE = "MIT"
+SOURCE = "https://pypi.org/project/easy-vqa"
+FILES: dict[str, tuple[File, ...]] = {"train": (), "test": ()}
+BUNDLED = True  # pip install "flamingo-vlm[quickstart]" brings it
+QUERIES, DEMONSTRATIONS = "test", "train"
+METRICS = ("exact_match",)
+MAX_NEW_TOKENS = 5
+BLIND = 0.670  # the training split's commonest answer of each question, measured
 
 
-def queries() -> list[Example]:
-    """All questions of the test split."""
-    return _examples("test")
-
-
-def demonstrations() -> list[Example]:
-    """All questions of the training split."""
-    return _examples("train")
+def examples(folder: Path | None, split: str) -> list[Example]:
+    """All questions of a split; the data comes with its package, folder is not looked at."""
+    return [
+        Example(f"{split}-{number}", e.image_path, e.question, (e.answer,), e.kind)
+        for number, e in enumerate(easy_vqa.load_split(split))
+    ]
 
 
 def prompt(example: Example) -> str:
@@ -30,13 +38,5 @@ def completion(example: Example) -> str:
     return f" {example.answers[0]}"
 
 
-def score(prediction: str, example: Example) -> float:
-    """1 if the prediction is the answer, but for case and surrounding blanks."""
-    return float(prediction.strip().lower() in example.answers)
-
-
-def _examples(split: str) -> list[Example]:
-    return [
-        Example(f"{split}-{number}", e.image_path, e.question, (e.answer,), e.kind)
-        for number, e in enumerate(easy_vqa.load_split(split))
-    ]
+def tidy(text: str) -> str:
+    return text.strip().lower()

@@ -1,0 +1,154 @@
+"""`flamingo eval ...`: describe a benchmark's data, build an index, run, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flamingo.data.tools.commands import plain_errors
+
+app = typer.Typer(
+    help="Few-shot evaluation: describe a benchmark, index its demonstrations, run, compare.",
+    no_args_is_help=True,
+)
+
+Data = Annotated[Path | None, typer.Option(help="Folder of the benchmark's official files.")]
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="Model folder, e.g. runs/quickstart/model.")],
+    benchmark: Annotated[str, typer.Option(help="A name (flamingo eval describe), or a dotted module.")],
+    out: Annotated[Path | None, typer.Option(help="Where results go. Default: beside the model.")] = None,
+    data: Data = None,
+    split: Annotated[str | None, typer.Option(help="Split that is asked. Default: the benchmark's.")] = None,
+    shots: Annotated[
+        list[int] | None, typer.Option(min=0, help="Give it several times. Default: 0, 4, 8, 16, 32.")
+    ] = None,
+    shots_from: Annotated[
+        str, typer.Option(help="random: anew per query; fixed: the same for all; similar: RICES.")
+    ] = "random",
+    zero_shot: Annotated[
+        str, typer.Option(help="With 0 shots: text, two without pictures as in the papers; none.")
+    ] = "text",
+    pool: Annotated[int, typer.Option(min=1, help="Demonstrations that shots are drawn from.")] = 2048,
+    trials: Annotated[int, typer.Option(min=1, help="Seeds, each with other shots.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed: decides samples and shots.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Queries, a fixed sample.")] = None,
+    shots_limit: Annotated[int | None, typer.Option(min=1, help="Queries where there are shots.")] = None,
+    control_limit: Annotated[int, typer.Option(min=0, help="Queries of each control; 0: none.")] = 2000,
+    control_shots: Annotated[
+        int | None, typer.Option(min=2, help="Shots of the controls. Default: the fewest above 1.")
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search; the papers' is 3.")] = 3,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the benchmark's.")] = None,
+    ensemble: Annotated[int, typer.Option(min=1, help="Orders of the shots put together.")] = 1,
+    calibrate: Annotated[
+        bool, typer.Option(help="Class likelihoods relative to those of a blank picture.")
+    ] = False,
+    index: Annotated[
+        str | None, typer.Option(help="Folder of `flamingo eval index`, or Milvus: FILE.db or an address.")
+    ] = None,
+    similarity: Annotated[str, typer.Option(help="What is compared: image, text or both.")] = "image",
+    tokens_per_batch: Annotated[int, typer.Option(min=1, help="More needs more memory.")] = 2048,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Default: one per GPU; on a CPU, two.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete answers that are there.")] = False,
+) -> None:
+    """Evaluate a model few-shot, with controls that show whether pictures matter.
+
+    Writes report.html, eval.json and the answers, one line each. Stopped, the
+    same command goes on. Under torchrun, deepspeed or srun, the processes that
+    those start share the queries: torchrun -m flamingo.eval MODEL ...
+    """
+    given: dict[str, Any] = {k: v for k, v in locals().items() if v is not None and k in _FIELDS}
+    with plain_errors():
+        folder = out or model.parent / "eval" / benchmark.rpartition(".")[2]
+        _show(_run(model, folder, given, processes, overwrite), folder)
+
+
+_FIELDS = frozenset(
+    [
+        "benchmark",
+        "data",
+        "split",
+        "shots",
+        "shots_from",
+        "zero_shot",
+        "pool",
+        "trials",
+        "seed",
+        "limit",
+        "shots_limit",
+        "control_limit",
+        "control_shots",
+        "beams",
+        "max_new_tokens",
+        "ensemble",
+        "calibrate",
+        "index",
+        "similarity",
+        "tokens_per_batch",
+    ]
+)
+
+
+def _run(model: Path, out: Path, given: dict[str, Any], processes: int | None, overwrite: bool) -> dict:
+    import pydantic
+
+    from flamingo.eval.config import EvalConfig
+    from flamingo.eval.session import evaluate
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()
+    try:
+        config = EvalConfig(**given)
+    except pydantic.ValidationError as error:
+        said = "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError(said) from None
+    return evaluate(model, out, config, processes, overwrite)
+
+
+def _show(summary: dict, folder: Path) -> None:
+    """One line per setting: the score, its interval, how many queries."""
+    if not summary:
+        return  # not rank 0 of a launcher
+    first = summary["metrics"][0]
+    typer.echo(f"{summary['title']}, {first['title']}")
+    for setting in summary["settings"]:
+        figures = setting["metrics"][first["name"]]
+        low, high = (first["scale"] * bound for bound in figures["interval"])
+        value, many = first["scale"] * figures["value"], setting["n"] * len(setting["seeds"])
+        typer.echo(f"{setting['name']:44} {value:7.2f}  ({low:.1f} to {high:.1f}, {many:,} answers)")
+    typer.echo(f"{folder / 'eval.json'}")
+
+
+@app.command()
+def describe(
+    name: Annotated[str | None, typer.Argument(help="A benchmark. Without: all of them.")] = None,
+    data: Data = None,
+) -> None:
+    """Which files a benchmark needs, from where, with which licence; with --data, whether they are there."""
+    from flamingo.eval.benchmarks._describe import describe as said
+
+    with plain_errors():
+        text, complete = said(name, data)
+        typer.echo(text)
+        if not complete:
+            raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    other: Annotated[Path, typer.Argument(help="Another, of the same benchmark.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.html. Default: the first's.")] = None,
+) -> None:
+    """Two evaluations of one benchmark, query by query: which differences are more than chance."""
+    from flamingo.eval.results.compare import compare as compared
+
+    with plain_errors():
+        typer.echo(compared(one, other, out))
