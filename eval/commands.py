@@ -64,36 +64,10 @@ def run(
     same command goes on. Under torchrun, deepspeed or srun, the processes that
     those start share the queries: torchrun -m flamingo.eval MODEL ...
     """
-    given: dict[str, Any] = {k: v for k, v in locals().items() if v is not None and k in _FIELDS}
+    given = {name: value for name, value in locals().items() if value is not None}
     with plain_errors():
         folder = out or model.parent / "eval" / benchmark.rpartition(".")[2]
         _show(_run(model, folder, given, processes, overwrite), folder)
-
-
-_FIELDS = frozenset(
-    [
-        "benchmark",
-        "data",
-        "split",
-        "shots",
-        "shots_from",
-        "zero_shot",
-        "pool",
-        "trials",
-        "seed",
-        "limit",
-        "shots_limit",
-        "control_limit",
-        "control_shots",
-        "beams",
-        "max_new_tokens",
-        "ensemble",
-        "calibrate",
-        "index",
-        "similarity",
-        "tokens_per_batch",
-    ]
-)
 
 
 def _run(model: Path, out: Path, given: dict[str, Any], processes: int | None, overwrite: bool) -> dict:
@@ -105,7 +79,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], processes: int | None, o
 
     quiet_libraries()
     try:
-        config = EvalConfig(**given)
+        config = EvalConfig(**{name: given[name] for name in EvalConfig.model_fields if name in given})
     except pydantic.ValidationError as error:
         said = "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
         raise ValueError(said) from None
