@@ -30,6 +30,7 @@ from flamingo.train.config import OptimizerConfig
 from flamingo.train.features import FeatureCache
 from flamingo.train.objective import Objective
 from flamingo.train.optim import adamw
+from flamingo.train.parts import compile_parts
 
 SOURCES = ("captions", "documents")
 MAX_TOKENS = {"captions": 32, "documents": 256}
@@ -47,6 +48,7 @@ class Savings:
     packed: bool = False
     frozen_inputs: bool = False  # trains less: no graph below the first gated block
     cached: bool = False  # the grids of frozen pictures are kept
+    compiled: bool = False  # the forwards of LM layers and resampler, as `compile: true` of a recipe
 
     @classmethod
     def first(cls, count: int) -> Savings:
@@ -130,6 +132,8 @@ def equip(model: FlamingoForConditionalGeneration, savings: Savings) -> Flamingo
             block.__class__ = MaskedBlock  # the same weights, another way to attend
     if savings.frozen_inputs:
         model.added_tokens.input.requires_grad_(False)
+    if savings.compiled:
+        compile_parts(model)
     return model
 
 

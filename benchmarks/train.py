@@ -15,6 +15,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -42,7 +43,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pack-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="that are counted")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before: fresh memory is slow")
-    parser.add_argument("--together", type=int, default=3, help="sides in memory at a time, 2 or more")
+    parser.add_argument("--together", type=int, default=4, help="sides in memory at a time, 2 or more")
     parser.add_argument("--precision", choices=["amp_bf16", "fp32"], default="amp_bf16")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(given)
@@ -99,6 +100,7 @@ def sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
             "openflamingo": partial(their_side, options, False),
             "openflamingo, our frozen parts": partial(their_side, options, True),
             "ours": partial(our_side, options, standard),
+            "ours, compiled": partial(our_side, options, replace(standard, compiled=True)),
         }
     ladder = {
         f"+ {name}": partial(our_side, options, ours.Savings.first(number))

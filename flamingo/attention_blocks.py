@@ -1,4 +1,4 @@
-"""Which tokens of packed rows compare with each other, found in the attention mask. Knows no other room.
+"""Which tokens of packed rows compare with each other, found in the attention mask.
 
 Documents of a packed row do not see each other, so most of the row's pairs of tokens are masked.
 Here whole documents are gathered into blocks about as long as the longest, and only pairs
@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from flamingo.layers import taken
 
 WORTH = 0.6  # of the pairs of whole rows: with more left, gathering costs what it saves
 
@@ -34,33 +36,14 @@ class Blocks:
     def gather(self, x: Tensor) -> Tensor:
         """float[B, H, T, D] -> float[M, H, S, D]."""
         flat = rearrange(x, "b h t d -> (b t) (h d)")
-        moved = _Moved.apply(flat, self.tokens.flatten(), self.places, None)
-        return rearrange(moved, "(m s) (h d) -> m h s d", m=len(self.tokens), h=x.shape[1])  # type: ignore[arg-type]
+        moved = taken(flat, self.tokens.flatten(), self.places)
+        return rearrange(moved, "(m s) (h d) -> m h s d", m=len(self.tokens), h=x.shape[1])
 
     def scatter(self, x: Tensor, rows: int) -> Tensor:
         """float[M, H, S, D] -> float[B, T, H, D]."""
         flat = rearrange(x, "m h s d -> (m s) (h d)")
-        moved = _Moved.apply(flat, self.places, self.tokens.flatten(), self.used.flatten())
-        return rearrange(moved, "(b t) (h d) -> b t h d", b=rows, h=x.shape[1])  # type: ignore[arg-type]
-
-
-class _Moved(torch.autograd.Function):
-    """x[index], where each row that counts is taken once: its gradient is taken from one place,
-    not added up from all."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, counts: Tensor | None) -> Tensor:
-        """counts: which rows of x are taken at all; None: all."""
-        ctx.save_for_backward(back, counts)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        back, counts = ctx.saved_tensors
-        grad = grads[0].index_select(0, back)
-        if counts is not None:
-            grad.masked_fill_(~counts[:, None], 0.0)
-        return grad, None, None, None
+        moved = taken(flat, self.places, self.tokens.flatten(), self.used.flatten())
+        return rearrange(moved, "(b t) (h d) -> b t h d", b=rows, h=x.shape[1])
 
 
 _FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

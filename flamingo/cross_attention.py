@@ -80,14 +80,17 @@ class CrossAttention(nn.Module):
         k, v = self.to_kv(latents).chunk(2, dim=-1)
         return self.k_norm(split_heads(k, self.heads)), split_heads(v, self.heads)
 
-    def queries(self, tokens: Tensor) -> Tensor:
-        """float[R, S, W] -> float[R, H, S, D]."""
-        return self.q_norm(split_heads(self.to_q(self.norm(tokens)), self.heads))
+    def queries(self, tokens: Tensor, runs: Runs) -> Tensor:
+        """float[K, W], the tokens that see an image -> float[R, H, S, D]. Runs have many lengths: what
+        is done to a token by itself is done before they are padded to the longest."""
+        return self.q_norm(split_heads(runs.spread(self.to_q(self.norm(tokens))), self.heads))
 
-    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """float[R, S, W] tokens with float[R, H, L, D] keys and values -> float[R, S, W];
-        mask: bool[R, 1, 1, L], None: all latents are seen."""
-        return self.to_out(attend(self.queries(tokens), keys, values, mask))
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor, runs: Runs) -> Tensor:
+        """float[K, W], the tokens that see an image, with keys and values float[N, H, L, D] of all
+        images -> float[K, W]."""
+        queries, mask = self.queries(tokens, runs), runs.mask(keys.shape[2])
+        looked = attend(queries, runs.gather(keys), runs.gather(values), mask)
+        return self.to_out(runs.joined(looked))
 
 
 class GatedCrossAttentionBlock(GradientCheckpointingLayer):
@@ -121,9 +124,8 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         """
         flat = rearrange(hidden, "b t w -> (b t) w").to(self.attn_gate.dtype)
         if keys is not None and values is not None and len(runs):
-            mask = runs.mask(keys.shape[2])
-            looked = self.attn(flat[runs.token], runs.gather(keys), runs.gather(values), mask)
-            looked = rearrange(looked, "r s w -> (r s) w")[runs.slot] * (self.scale * self.attn_gate.tanh())
+            looked = self.attn(flat.index_select(0, runs.source), keys, values, runs)
+            looked = looked * (self.scale * self.attn_gate.tanh())
             flat = flat.index_add(0, runs.source, looked.to(flat.dtype))
         flat = flat + self.scale * self.ff_gate.tanh() * self.ff(flat)
         return flat.view_as(hidden).to(hidden.dtype)
@@ -132,8 +134,9 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         """Weights of the attention, mean over heads: float32[B, T, N, L]; zero where not seen."""
         latents = keys.shape[2]
         flat = rearrange(hidden, "b t w -> (b t) w")
-        tokens = flat[runs.token].to(self.attn_gate.dtype)
-        weights = attention_weights(self.attn.queries(tokens), runs.gather(keys), runs.mask(latents))
+        tokens = flat[runs.source].to(self.attn_gate.dtype)
+        queries = self.attn.queries(tokens, runs)
+        weights = attention_weights(queries, runs.gather(keys), runs.mask(latents))
         weights = rearrange(weights, "r s (m l) -> r s m l", l=latents)
         images = runs.image[:, None] if runs.images is None else runs.images  # [R, M]
         spread = weights.new_zeros(*weights.shape[:2], len(keys), latents)  # [R, S, N, L]

@@ -75,6 +75,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return rearrange(out, "n h q d -> n q (h d)")
 
 
+class _Taken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, counts: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, counts)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        back, counts = ctx.saved_tensors
+        grad = grads[0].index_select(0, back)
+        if counts is not None:
+            grad.masked_fill_(~counts[:, None], 0.0)
+        return grad, None, None, None
+
+
+def taken(x: Tensor, index: Tensor, back: Tensor, counts: Tensor | None = None) -> Tensor:
+    """x[index], float[M, W] of float[N, W], where each row that matters is taken once.
+
+    index: int64[M]; back: int64[N], the place in the result whose gradient a row of x gets, so that it
+    is taken from there and not added up from all places; counts: bool[N], rows of x that are taken
+    at all, the others get no gradient (None: all). Places that repeat a row must not be used.
+    """
+    return _Taken.apply(x, index, back, counts)  # type: ignore[return-value]
+
+
 NLL_ROWS = 64  # positions whose float32 logits exist at one time
 
 

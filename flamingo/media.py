@@ -14,6 +14,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from flamingo.layers import taken
+
 
 def image_offsets(input_ids: Tensor, image_token_id: int) -> Tensor:
     """int64[B]: flat number of each row's first image, from int64[B, T] ids."""
@@ -115,15 +117,17 @@ def _images_of_others(is_image: Tensor, segment_ids: Tensor | None) -> Tensor:
 class Runs:
     """Tokens grouped by the image that they see, so attention touches only its latents.
 
-    image: int64[R] flat image of each run; token: int64[R, S] index into the B*T tokens, the
-    slots beyond a run's end repeat its first token; slot: int64[K] and source: int64[K] say
-    which of the R*S slots hold the result of which of the B*T tokens (K tokens see an image).
+    image: int64[R] flat image of each run; source: int64[K], which of the B*T tokens see an image;
+    member: int64[R, S] index into these K tokens, the slots beyond a run's end repeat its first
+    token; slot: int64[K], which of the R*S slots is a token's own; filled: bool[R, S], slots that are
+    any token's.
     """
 
     image: Tensor
-    token: Tensor
-    slot: Tensor
     source: Tensor
+    member: Tensor
+    slot: Tensor
+    filled: Tensor
     images: Tensor | None = None  # int64[R, M]: all images that a run sees, -1 beyond the last
 
     @classmethod
@@ -143,20 +147,36 @@ class Runs:
         first = starts.nonzero().squeeze(1)  # [R]
         place = torch.arange(len(image), device=seen.device) - first[run]
         slots = int(place.max()) + 1 if len(place) else 0
-        token = source[first][:, None].repeat(1, slots)  # [R, S]
-        token[run, place] = source
+        member = first[:, None].repeat(1, slots)  # [R, S]
+        member[run, place] = torch.arange(len(image), device=seen.device)
+        filled = torch.zeros_like(member, dtype=torch.bool)
+        filled[run, place] = True
         images = None
         if since is not None:
             begin = rearrange(since, "b t -> (b t)")[source][first]  # [R]
             many = int((image[first] - begin).max()) + 1 if len(first) else 0
             images = begin[:, None] + torch.arange(many, device=seen.device)  # [R, M]
             images = torch.where(images <= image[first][:, None], images, -1)
-        return cls(image[first], token, run * slots + place, source, images)
+        return cls(image[first], source, member, run * slots + place, filled, images)
+
+    @property
+    def token(self) -> Tensor:
+        """int64[R, S]: which of the B*T tokens each slot holds."""
+        return self.source[self.member]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """float[K, W] of the tokens that see an image -> float[R, S, W]."""
+        return taken(x, self.member.flatten(), self.slot).view(*self.member.shape, -1)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """float[R, S, W] -> float[K, W]: each token from its own slot."""
+        flat = rearrange(x, "r s w -> (r s) w")
+        return taken(flat, self.slot, self.member.flatten(), self.filled.flatten())
 
     def gather(self, per_image: Tensor) -> Tensor:
         """float[N, H, L, D] of all images -> float[R, H, M*L, D] of those that each run sees."""
         if self.images is None:
-            return per_image[self.image]
+            return per_image.index_select(0, self.image)
         return rearrange(per_image[self.images.clamp_min(0)], "r m h l d -> r h (m l) d")
 
     def mask(self, latents: int) -> Tensor | None:
