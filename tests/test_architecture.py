@@ -185,7 +185,7 @@ def test_training_and_evaluation_have_one_name_only():
     ("module", "source"),
     [
         ("flamingo.config", "from flamingo.media import Runs"),
-        ("flamingo.media", "import flamingo.config"),
+        ("flamingo.layers", "import flamingo.media"),
         ("flamingo.layers", "from flamingo import config"),
         ("flamingo.resampler", "from flamingo.cross_attention import Media"),
         ("flamingo.cross_attention", "def f():\n    from flamingo.decoder import Decoder"),

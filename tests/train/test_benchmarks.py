@@ -197,4 +197,4 @@ def test_every_side_runs_in_a_process_of_its_own_that_tells_its_memory(options):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 3 and all(row["peak_mib"] > 0 and row["seconds"] > 0 for row in rows)
+    assert len(rows) == 4 and all(row["peak_mib"] > 0 and row["seconds"] > 0 for row in rows)
