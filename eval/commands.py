@@ -73,7 +73,7 @@ def run(
 def _run(model: Path, out: Path, given: dict[str, Any], processes: int | None, overwrite: bool) -> dict:
     import pydantic
 
-    from flamingo.eval.config import EvalConfig
+    from flamingo.eval.config import EvalConfig, explained
     from flamingo.eval.session import evaluate
     from flamingo.runtime import quiet_libraries
 
@@ -81,8 +81,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], processes: int | None, o
     try:
         config = EvalConfig(**{name: given[name] for name in EvalConfig.model_fields if name in given})
     except pydantic.ValidationError as error:
-        said = "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ValueError(said) from None
+        raise ValueError(explained(error)) from None
     return evaluate(model, out, config, processes, overwrite)
 
 

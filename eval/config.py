@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flamingo.eval.few_shot import Control, Setting, Source
 
@@ -77,6 +78,20 @@ class EvalConfig(BaseModel):
         if shots is not None:
             found += [(shots, "text_only_shots", limit), (shots, "shuffled_shots", limit)]
         return found
+
+
+def explained(error: ValidationError) -> str:
+    """One line of what is wrong: value, rule, and the nearest setting for a name that is unknown."""
+    said = []
+    for found in error.errors():
+        name = ".".join(map(str, found["loc"]))
+        if found["type"] == "extra_forbidden":
+            near = get_close_matches(name, EvalConfig.model_fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(EvalConfig.model_fields)}"
+            said.append(f"unknown setting {name!r}; {hint}")
+        else:
+            said.append(f"{name}={found.get('input')!r}: {found['msg']}")
+    return "; ".join(said)
 
 
 def _least(*limits: int | None) -> int | None:

@@ -64,6 +64,7 @@ class Part:
     out: Path
     rank: int
     world: int
+    quiet: bool = False  # no progress, no rate
 
     def run(self, setting: Setting) -> None:
         """Answer this process's share of a setting; one JSON line per query."""
@@ -76,7 +77,7 @@ class Part:
         mine = whole[self.rank * len(whole) // self.world : (self.rank + 1) * len(whole) // self.world]
         todo = [query for query in mine if query.id not in done]
         began = time.monotonic()
-        quiet = self.rank > 0 or not sys.stderr.isatty()
+        quiet = self.quiet or self.rank > 0 or not sys.stderr.isatty()
         bar = tqdm(
             total=len(mine), initial=len(mine) - len(todo), desc=setting.name, unit="query", disable=quiet
         )
@@ -85,7 +86,7 @@ class Part:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 bar.update()
-        if self.rank == 0 and quiet and todo:
+        if self.rank == 0 and quiet and todo and not self.quiet:
             rate = len(todo) / (time.monotonic() - began)
             print(f"{setting.name}: {len(mine)} queries, {rate:.1f}/s in each process", flush=True)
 

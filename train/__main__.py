@@ -42,8 +42,13 @@ def main() -> int:
         rank = found.rank
         group.announce(found, os.environ)
         recipe = read_recipe(arguments.recipe, arguments.overrides)
+        evaluate = None
+        if recipe.evaluate:
+            from flamingo.eval.hook import Hook
+
+            evaluate = Hook(recipe.evaluate.settings)
         resume = arguments.resume or group.restarted(os.environ)
-        train(recipe, resume, arguments.accept_changed_shards, stopping)
+        train(recipe, resume, arguments.accept_changed_shards, stopping, evaluate)
     except Stopped as why:
         if rank == 0:
             print(why, file=sys.stderr, flush=True)

@@ -82,6 +82,15 @@ class Unfreeze(Section):
     start: int = Field(0, ge=0, description="the first step that trains it")
 
 
+class EvaluateConfig(Section):
+    """A small evaluation while training goes on."""
+
+    every: int = Field(ge=1, description="steps between evaluations; one more at the end")
+    settings: dict[str, Any] = Field(
+        description="of `flamingo eval run`, e.g. {benchmark: easy_vqa, shots: [0, 4], limit: 200}"
+    )
+
+
 class Recipe(Section):
     """One training run. Steps are optimizer steps; batches are counted over all ranks."""
 
@@ -133,6 +142,7 @@ class Recipe(Section):
         description="beside metrics.jsonl: tensorboard, wandb, trackio, or the dotted path of a class",
     )
     blank_every: int = Field(20, ge=0, description="steps between losses with blank images; 0: never")
+    evaluate: EvaluateConfig | None = None
     profile_steps: list[int] = Field(
         default_factory=list, description="steps whose profiler traces are kept in RUN/profile"
     )
@@ -176,6 +186,11 @@ class Recipe(Section):
         if self.offload == "all" and self.zero_stage < 3:
             raise ValueError(
                 f"offload=all: needs zero_stage=3, not {self.zero_stage}; offload=optimizer does not"
+            )
+        if self.zero_stage == 3 and self.evaluate:
+            raise ValueError(
+                "evaluate: under zero_stage=3 weights lie in pieces, and ranks generate different numbers "
+                "of tokens: set zero_stage to 2, or evaluate what `flamingo export` writes"
             )
         late = [part for part in self.unfreeze if part.start > 0]
         if self.zero_stage == 3 and late:
@@ -281,6 +296,7 @@ def _known_keys(location: tuple) -> list[str]:
         "sources": SourceConfig,
         "lora": LoraConfig,
         "unfreeze": Unfreeze,
+        "evaluate": EvaluateConfig,
     }
     section = Recipe if len(location) == 1 else sections.get(str(location[0]), Recipe)
     return sorted(section.model_fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class Company:
     stopping: Stopping
     watchdog: Watchdog
     peak: float  # FLOP/s of matrix products that all ranks reach together
+    evaluate: Callable[[int], dict[str, float]] | None = None  # scores after so many steps; on all ranks
 
 
 class Trainer:
@@ -90,7 +92,13 @@ class Trainer:
             record["faults"] = self.company.faults.note(step + 1, self._skipped(batches))
         if recipe.blank_every and (step % recipe.blank_every == 0 or last):
             record["loss_blank"] = self.blank_loss(batches)
-        if (step + 1) % recipe.log_every == 0 or last:
+        asked = self.company.evaluate and recipe.evaluate
+        if asked and self.company.evaluate and ((step + 1) % asked.every == 0 or last):
+            self.company.watchdog.beat(step + 1, "evaluating", PATIENCE)
+            record["scores"] = scores = self.company.evaluate(step + 1)
+            said = ", ".join(f"{name} {score:g}" for name, score in scores.items())
+            self.company.metrics.say(f"evaluation after step {step + 1}: {said}")
+        if (step + 1) % recipe.log_every == 0 or last or "scores" in record:
             flops = record.pop("flops")
             record |= derived(record, flops=flops, peak=self.company.peak)
             record["memory_gb"] = memory_gb(self.engine.device)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +41,10 @@ from flamingo.train.precision import LossScale
 from flamingo.train.stopping import Stopping, forget
 from flamingo.train.watchdog import Watchdog
 
+# model, processor, folder of the run, rank, world size, steps done -> scores, on all ranks.
+Evaluate = Callable[
+    [FlamingoForConditionalGeneration, FlamingoProcessor, Path, int, int, int], dict[str, float]
+]
 LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
 
 
@@ -82,11 +88,13 @@ def train(
     resume: bool = False,
     accept_changed_shards: bool = False,
     stopping: Stopping | None = None,
+    evaluate: Evaluate | None = None,
 ) -> None:
     """Train as the recipe says, on this rank of however many the launcher started.
 
     accept_changed_shards: go on with other shards than those that the run began with; stopping: who
-    listens to signals. Raises Stopped when the run is asked to stop, with a checkpoint.
+    listens to signals; evaluate: does what the recipe's `evaluate` asks for. Raises Stopped when the
+    run is asked to stop, with a checkpoint.
     """
     began = time.monotonic()
     rank, world = engine.join_group(recipe.watchdog_seconds)
@@ -100,14 +108,22 @@ def train(
         tune_cpu(processes=1 if torch.cuda.is_available() else world)
         with short_attention(), stopping or Stopping() as heard:
             heard.limit(recipe.wall_minutes, recipe.run if rank == 0 else None)
-            _train(recipe, rank, world, began, accept_changed_shards, heard)
+            _train(recipe, rank, world, began, accept_changed_shards, heard, evaluate)
     finally:
         if rank == 0:
             lock.release()
         engine.leave_group()
 
 
-def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool, stopping: Stopping) -> None:
+def _train(
+    recipe: Recipe,
+    rank: int,
+    world: int,
+    began: float,
+    accept: bool,
+    stopping: Stopping,
+    evaluate: Evaluate | None,
+) -> None:
     torch.manual_seed(recipe.seed)
     with engine.partitioned(recipe, world):
         model, processor = assemble(recipe, engine.gathered)
@@ -149,6 +165,7 @@ def _train(recipe: Recipe, rank: int, world: int, began: float, accept: bool, st
         stopping,
         Watchdog(recipe.run, rank, world, recipe.watchdog_seconds),
         float(engine.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=engine.device()))),
+        partial(evaluate, model, processor, recipe.run, rank, world) if evaluate else None,
     )
     try:
         with company.watchdog:
