@@ -87,11 +87,14 @@ def test_pictures_and_image_tokens_must_match(trained: Path, cli):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, cli):
-    fails(cli("eval", tmp_path / "none"), str(tmp_path / "none"), "no model")
+    fails(
+        cli("eval", "run", tmp_path / "none", "--benchmark", "easy_vqa"), str(tmp_path / "none"), "no model"
+    )
     fails(cli("generate", "--model", tmp_path, "--prompt", "x"), "no model")
 
 
 def test_answers_of_another_model_are_not_mixed(trained: Path, tmp_path: Path, cli):
-    arguments = ("--out", tmp_path, "--limit", "4", "--control-limit", "2", "--processes", "1")
-    assert cli("eval", trained / "model", *arguments).returncode == 0
-    fails(cli("eval", trained / "model", *arguments, "--seed", "1"), "other settings", "--overwrite")
+    few = ("--limit", "4", "--control-limit", "0", "--shots", "0", "--processes", "1", "--out", tmp_path)
+    arguments = ("eval", "run", trained / "model", "--benchmark", "easy_vqa", *few)
+    assert cli(*arguments).returncode == 0
+    fails(cli(*arguments, "--seed", "1"), "other settings", "seed was 0, is 1", "--overwrite")

@@ -69,21 +69,25 @@ def test_resume_takes_the_steps_of_an_unbroken_run(trained: Path, world: Path, c
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+EVALUATE = (*("eval", "run", "--benchmark", "easy_vqa", "--shots", "0", "--shots", "4"), "--beams", "1")
+
+
 def test_evaluation_report_and_use_of_the_trained_model(trained: Path, tmp_path: Path, cli):
-    arguments = ("eval", trained / "model", "--limit", "30", "--control-limit", "12", "--processes", "2")
-    done = cli(*arguments)
+    few = ("--limit", "30", "--shots-limit", "12", "--control-limit", "12")
+    done = cli(*EVALUATE, trained / "model", "--out", trained, *few, "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    settings = json.loads((trained / "eval.json").read_text())["settings"]
+    settings = {s["name"]: s for s in json.loads((trained / "eval.json").read_text())["settings"]}
     assert {name: s["n"] for name, s in settings.items()} == {
         "0-shot": 30,
-        "0-shot, images blanked": 12,
         "4-shot": 12,
+        "0-shot, images blanked": 12,
         "4-shot, shots without images": 12,
+        "4-shot, shots with each other's images": 12,
     }
     done = cli("report", trained)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((trained / "report.json").read_text())
-    assert report["accuracy"] == settings["0-shot"]["accuracy"]
+    assert report["accuracy"] == settings["0-shot"]["metrics"]["exact_match"]["value"]
     assert report["train_seconds"] > 0 and report["samples_per_second"] > 0
     page = (trained / "report.html").read_text()
     assert "<svg" in page and "data:image/png;base64," in page
@@ -104,11 +108,12 @@ def test_evaluation_report_and_use_of_the_trained_model(trained: Path, tmp_path:
 def test_an_interrupted_evaluation_goes_on_with_another_number_of_processes(
     trained: Path, tmp_path: Path, cli
 ):
-    arguments = ("eval", trained / "model", "--out", tmp_path, "--limit", "20", "--control-limit", "6")
+    few = ("--limit", "20", "--shots-limit", "6", "--control-limit", "6")
+    arguments = (*EVALUATE, trained / "model", "--out", tmp_path, *few)
     done = cli(*arguments, "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     whole = json.loads((tmp_path / "eval.json").read_text())["settings"]
-    first = tmp_path / "answers" / "0-shot.0.jsonl"
+    first = tmp_path / "answers" / "0-shot-seed0.0.jsonl"
     lines = first.read_text().splitlines(keepends=True)
     first.write_text("".join(lines[:4]) + lines[4][:20])  # killed while writing the fifth line
     done = cli(*arguments, "--processes", "1")
