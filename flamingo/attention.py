@@ -47,7 +47,9 @@ def plain_attention(
     factor: float = width**-0.5 if scaling is None else scaling
     blocks = None
     if attention_mask is not None and attention_mask.shape[2:] == (queries, key.shape[2]):
-        blocks = blocks_of(attention_mask) if len(attention_mask) == batch and _blocks_help(queries) else None
+        # With a cache there are more keys than queries, and no row holds several documents.
+        packed = len(attention_mask) == batch and queries == key.shape[2] and _blocks_help(queries)
+        blocks = blocks_of(attention_mask) if packed else None
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
     if torch.is_autocast_enabled(query.device.type):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from flamingo.attention import attend_plainly
 from flamingo.decoder import find_decoder_layers
 
 IMAGE, END = 21, 20
@@ -178,3 +179,12 @@ def test_mistakes_are_refused(build, pictures):
         model.generate(**{**given, "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])})
     with pytest.raises(ValueError, match="1 <image> tokens.* 4 images"):
         model.generate(**{**given, "pixel_values": pictures[2:]})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="attends plainly on a CPU only")
+def test_it_works_where_the_lm_attends_plainly(build, pictures):
+    """More keys than queries: not to be taken for a row of packed documents."""
+    model = build(lm={"num_key_value_heads": 2})
+    attend_plainly(model.language_model)
+    assert_same(model, pictures)
+    assert_same(model, pictures, [1])
