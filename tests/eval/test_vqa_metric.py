@@ -13,6 +13,7 @@ import pytest
 
 from flamingo.eval import metrics
 from flamingo.eval.benchmarks import Example, Prediction
+from flamingo.eval.benchmarks import _vqa as benchmark
 from flamingo.eval.metrics import _vqa, gqa, vqa, vqa_open_flamingo, vqa_textvqa, vqa_vizwiz
 
 ODD = [  # texts, and what the official code made of them
@@ -127,12 +128,10 @@ def questions(oracle: Any, count: int) -> list[tuple[str, list[str]]]:
     made = []
     for number in range(count):
         base = [text_of(draw, words) for _ in range(draw.choice([1, 1, 2, 3, 8]))]
-        if number % 4 == 0:
-            base = base[:1]  # all people say the same
-        else:
-            base += [oracle_text(table, base[0]), f"{base[0]}.", f"the {base[0]}", f" {base[0]}\n"]
-        answers = [draw.choice(base) for _ in range(10)]
-        made.append((draw.choice([*base, text_of(draw, words)]), answers))
+        spelt = [oracle_text(table, base[0]), f"{base[0]}.", f"the {base[0]}", f" {base[0]}\n"]
+        said = base[:1] if number % 4 == 0 else base + spelt  # of every fourth, all people say the same
+        answers = [draw.choice(said) for _ in range(10)]
+        made.append((draw.choice([*base, *spelt, text_of(draw, words)]), answers))
     return made
 
 
@@ -214,6 +213,14 @@ def test_the_other_evaluations_give_the_same_accuracy_of_1500_answers(
     wanted = [reference(table, text, list(answers)) for text, answers in asked]
     assert [metric.accuracy(text, answers) for text, answers in asked] == pytest.approx(wanted, abs=1e-12)
     assert len({round(each, 6) for each in wanted}) == 5
+
+
+def test_generated_text_is_cut_as_open_flamingo_cuts_it(oracle: Any):
+    draw = random.Random(7)
+    pieces = ["Question", "Answer", "Short", ", ", ",", " ", "\n", ".", "a question", "red", "t-shirt", ":"]
+    texts = ["".join(draw.choices(pieces, k=draw.randrange(8))) for _ in range(1000)]
+    wanted = [oracle.postprocess_vqa_generation(text).strip() for text in texts]  # scoring strips it
+    assert [benchmark.cut(text) for text in texts] == wanted
 
 
 class Answered:
