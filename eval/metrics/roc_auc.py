@@ -21,7 +21,7 @@ def per_sample(predictions: Sequence[Prediction], examples: Sequence[Example]) -
 
 
 def value(predictions: Sequence[Prediction], examples: Sequence[Example]) -> float:
-    """Where all examples are of one class there is no pair to put in order: 0.5, as by chance.
+    """Nan where all examples are of one class: there is no pair to put in order.
 
     Raises ValueError for predictions without the log-likelihoods of two classes, and for answers that
     are neither "yes" nor "no".
@@ -33,7 +33,7 @@ def value(predictions: Sequence[Prediction], examples: Sequence[Example]) -> flo
     labels = [_label(e) for e in examples]
     scores = [probability(p) for p in predictions]
     if len(set(labels)) < 2:
-        return 0.5
+        return math.nan
     return float(roc_auc_score(labels, scores))
 
 

@@ -180,11 +180,12 @@ def test_probability_is_the_softmax_and_never_overflows():
 
 def test_roc_auc_says_what_it_cannot_score():
     one_class = [scored(0, -1, "yes", n) for n in range(3)]
-    assert roc_auc.value(*zip(*one_class, strict=True)) == 0.5
+    assert math.isnan(roc_auc.value(*zip(*one_class, strict=True)))
     with pytest.raises(ValueError, match="likelihoods of two classes, '1' has 0"):
         roc_auc.value([Prediction("1", "yes")], [one_class[0][1]])
+    prediction, example = scored(0, 1, "maybe")
     with pytest.raises(ValueError, match="not yes or no"):
-        roc_auc.value(*zip(scored(0, 1, "maybe"), strict=True))
+        roc_auc.value([prediction], [example])
 
 
 def test_top1_tells_a_cardigan_from_a_cardigan():

@@ -29,13 +29,12 @@ SIMPLE = hub.Copy("owner/simple", {"test": "test"}, id="key", answers="answer")
 @pytest.fixture(autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing of a test stays in the user's caches, and nothing is asked of the network."""
-    import datasets
+    from datasets import config
 
     place = tmp_path_factory.mktemp("caches")
     monkeypatch.setenv("FLAMINGO_CACHE", str(place / "flamingo"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", place / "datasets")
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     return place
 
 
