@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, Union
 
 from flamingo.eval.benchmarks import Example
@@ -154,9 +155,15 @@ def _columns(copy: Copy, split: str) -> list[Column | None]:
 def _key(copy: Copy, split: str, rows: Any) -> str:
     """Changes with the copy's content (the names of its Arrow files do) and with how it is read."""
     files = [file["filename"] for file in rows.cache_files]
-    how = [c if isinstance(c, str) else "" for c in _columns(copy, split)]
+    how = [_spelt(c.__code__) if isinstance(c, FunctionType) else str(c) for c in _columns(copy, split)]
     said = [LAYOUT, files, rows.num_rows, how, copy.only.get(split), copy.at_most.get(split)]
     return _digest(json.dumps(said).encode())
+
+
+def _spelt(code: CodeType) -> str:
+    """What a function does, the same in every process."""
+    constants = [_spelt(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _collect(copy: Copy, split: str, rows: Any, images: Path) -> list[Example]:

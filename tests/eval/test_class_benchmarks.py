@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flamingo.eval import metrics
-from flamingo.eval.benchmarks import Example, Prediction, hateful_memes, imagenet
+from flamingo.eval.benchmarks import Example, Prediction, _ilsvrc, hateful_memes, imagenet
 from flamingo.eval.config import EvalConfig
 from flamingo.eval.few_shot import build, choose_shots
 from flamingo.eval.metrics import roc_auc, top1
@@ -122,6 +122,20 @@ def test_names_of_classes_can_be_replaced(tmp_path):
     names.write_text("one\nOne\n" + "".join(f"{n}\n" for n in range(5)))
     with pytest.raises(ValueError, match="n01440764, n02012849 have the same name 'one'"):
         imagenet.CLASSES(tmp_path)
+
+
+def test_all_thousand_official_names_are_told_apart():
+    """timm ships the official synonyms."""
+    import timm.data
+
+    info = Path(timm.data.__file__ or "").parent / "_info"
+    lines = (info / "imagenet_synset_to_lemma.txt").read_text().splitlines()
+    lemmas = dict(line.split("\t") for line in lines)
+    wnids = sorted((info / "imagenet_synsets.txt").read_text().split())
+    names = _ilsvrc.readable({wnid: lemmas[wnid] for wnid in wnids})
+    assert len({name.casefold() for name in names.values()}) == 1000
+    changed = {wnid: name for wnid, name in names.items() if name != lemmas[wnid].split(",")[0]}
+    assert changed == {wnid: NAMES[wnid] for wnid in ("n02113186", "n03126707", "n03710721")}
 
 
 def test_what_imagenet_lacks_is_named(tmp_path):

@@ -129,6 +129,17 @@ def test_a_changed_copy_is_read_anew(tmp_path):
     assert [e.answers[0] for e in hub.examples(SIMPLE, data(tmp_path), "test")] == ["red", "green", "pink"]
 
 
+def test_a_copy_that_is_read_in_another_way_is_read_anew(tmp_path):
+    where = simple(tmp_path)
+    ways = [lambda row: row["answer"], lambda row: [a + "!" for a in [row["answer"]]], "answer"]
+    found = [
+        [e.answers[0] for e in hub.examples(hub.Copy("a/b", {"test": "test"}, "key", way), where, "test")]
+        for way in (*ways, *ways)
+    ]
+    assert found == [["red", "blue"], ["red!", "blue!"], ["red", "blue"]] * 2
+    assert len(list(hub.cache_folder(str(tmp_path)).glob("*.jsonl"))) == 3
+
+
 def test_the_same_picture_twice_is_one_file(tmp_path):
     rows = [{"image": image_cell(7), "key": n, "answer": "a"} for n in range(3)]
     write_copy(tmp_path, {"test": rows})
