@@ -1,0 +1,144 @@
+"""Where indexes lie: a folder, or a Milvus.
+
+R rows, D width of a vector.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pydantic
+
+from flamingo.data.writing import write_aside
+from flamingo.eval.retrieval import milvus
+from flamingo.eval.retrieval.contents import Contents, Manifest
+from flamingo.eval.retrieval.search import Backend, Faiss
+
+MANIFEST, IDS = "manifest.json", "ids.json"
+NAMED = 100  # demonstrations of a row whose ids are kept beside it in a Milvus
+
+
+class Place(ABC):
+    """A place for indexes, each of which has an address. kept: a folder for vectors by content."""
+
+    kept: Path
+
+    @abstractmethod
+    def held(self) -> dict[str, Manifest]:
+        """Finished indexes by address. Raises ValueError for something else in their place."""
+
+    @abstractmethod
+    def address(self, benchmark: str, similarity: str, encoder: str) -> str:
+        """Of a new index."""
+
+    @abstractmethod
+    def write(self, address: str, manifest: Manifest, contents: Contents, vectors: np.ndarray) -> None:
+        """float32[R, D], one row per row of the contents; in place of one that is there."""
+
+    @abstractmethod
+    def backend(self, address: str, vectors: Callable[[], np.ndarray]) -> AbstractContextManager[Backend]:
+        """Open for searches. vectors: float32[R, D], for a backend that keeps none."""
+
+    def changed(self, manifest: Manifest, contents: Contents) -> list[str]:
+        """What of the demonstrations is another than when they were indexed, in words."""
+        return manifest.changed(contents)
+
+
+class Folder(Place):
+    """manifest.json and ids.json; the vectors lie beside them by content, those of queries too."""
+
+    def __init__(self, folder: Path):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"index {folder} is a file: name a folder, or FILE.db for Milvus Lite")
+        self.kept = folder
+
+    def held(self) -> dict[str, Manifest]:
+        file = self.kept / MANIFEST
+        if not file.exists():
+            return {}
+        try:
+            return {str(self.kept): Manifest.model_validate_json(file.read_text())}
+        except (pydantic.ValidationError, UnicodeDecodeError):
+            raise ValueError(
+                f"{file} is not the manifest of an index, or was altered: choose another folder, or delete it"
+            ) from None
+
+    def address(self, benchmark: str, similarity: str, encoder: str) -> str:
+        return str(self.kept)
+
+    def write(self, address: str, manifest: Manifest, contents: Contents, vectors: np.ndarray) -> None:
+        ids = json.dumps([example.id for example in contents.examples])
+        (self.kept / MANIFEST).unlink(missing_ok=True)  # first: ids and manifest belong together
+        write_aside(self.kept / IDS, lambda place: place.write_text(ids))
+        said = manifest.model_dump_json(indent=1) + "\n"
+        write_aside(self.kept / MANIFEST, lambda place: place.write_text(said))
+
+    @contextmanager
+    def backend(self, address: str, vectors: Callable[[], np.ndarray]) -> Iterator[Backend]:
+        yield Faiss(vectors())
+
+    def changed(self, manifest: Manifest, contents: Contents) -> list[str]:
+        said = manifest.changed(contents)
+        now = [example.id for example in contents.examples]
+        before = json.loads((self.kept / IDS).read_text()) if said and (self.kept / IDS).exists() else now
+        new, gone = (sorted(set(a) - set(b)) for a, b in ((now, before), (before, now)))
+        said += [f"{len(new):,} are new, the first is {new[0]!r}"] if new else []
+        return said + ([f"{len(gone):,} are gone, the first is {gone[0]!r}"] if gone else [])
+
+
+class Milvus(Place):
+    """A collection per index. Vectors by content lie beside a file, or else in the cache folder."""
+
+    def __init__(self, where: milvus.Address):
+        self.where = where
+        file = where.file
+        self.kept = cache_folder() if file is None else file.with_name(f"{file.name}.vectors")
+
+    def held(self) -> dict[str, Manifest]:
+        file = self.where.file
+        if file is not None and not file.exists():
+            return {}
+        with milvus.connected(self.where) as client:
+            return milvus.held(client, self.where)
+
+    def address(self, benchmark: str, similarity: str, encoder: str) -> str:
+        return str(self.where.named(milvus.collection_name(benchmark, similarity, encoder)))
+
+    def write(self, address: str, manifest: Manifest, contents: Contents, vectors: np.ndarray) -> None:
+        about = []
+        for members in contents.members:
+            ids = [contents.examples[position].id for position in members]
+            about.append(json.dumps({"demonstrations": len(ids), "ids": ids[:NAMED]}))
+        with milvus.connected(self.where) as client:
+            milvus.write(client, _parsed(address), manifest, vectors, about)
+
+    @contextmanager
+    def backend(self, address: str, vectors: Callable[[], np.ndarray]) -> Iterator[Backend]:
+        with milvus.connected(self.where) as client:
+            yield milvus.Collection(client, _parsed(address))
+
+
+def _parsed(address: str) -> milvus.Address:
+    found = milvus.Address.of(address)
+    assert found is not None
+    return found
+
+
+def cache_folder() -> Path:
+    """For vectors that have no folder of their own."""
+    root = os.environ.get("FLAMINGO_CACHE") or "~/.cache/flamingo"
+    return Path(root).expanduser() / "retrieval"
+
+
+def place(where: str | None) -> Place:
+    """Of `--index` or `--out`; None: the cache. Raises ValueError for what can be neither."""
+    if where is None:
+        return Folder(cache_folder())
+    address = milvus.Address.of(where)
+    return Folder(Path(where)) if address is None else Milvus(address)
