@@ -202,11 +202,15 @@ def _smooth(series: tuple[list[float], list[float]]) -> tuple[list[float], list[
 
 
 def _label_ends(
-    axes: Axes, labels: list[tuple[float, str, str]], limits: tuple[float, ...] | None = None
+    axes: Axes,
+    labels: list[tuple[float, str, str]],
+    limits: tuple[float, ...] | None = None,
+    leaders: float = 0.0,
 ) -> None:
     """Texts right of the lines' ends, pushed apart where they would touch.
 
-    limits: of the axis, where it is not even and `labels` have been made so.
+    limits: of the axis, where it is not even and `labels` have been made so; leaders: the width, of the
+    axes', that thin lines from ends to texts have, for many labels.
     """
     if not labels:
         return
@@ -219,8 +223,12 @@ def _label_ends(
             push = max(0.0, gap - (places[i + 1] - places[i])) / 2
             places[i], places[i + 1] = places[i] - push, places[i + 1] + push
         places[0], places[-1] = max(places[0], 0.0), min(places[-1], 1.0)
-    for place, (_, text, color) in zip(places, labels, strict=True):
-        axes.text(1.02, place, text, color=color, transform=axes.transAxes, va="center")
+    for place, (y, text, color) in zip(places, labels, strict=True):
+        axes.text(1.02 + leaders, place, text, color=color, transform=axes.transAxes, va="center")
+        if leaders:
+            ends = [(y - low) / (high - low), place]
+            x = [1.0, 1.01 + leaders]
+            axes.plot(x, ends, color=RULE, lw=0.8, transform=axes.transAxes, clip_on=False)
 
 
 def _svg(figure: Figure, description: str) -> Markup:
@@ -248,8 +256,8 @@ HEAT = "inferno"  # rises in brightness, so that it reads without telling colour
 ALPHA = 0.66  # of the heat over the picture, everywhere: the scale below a gallery stays true
 
 
-def picture(png: str) -> PIL.Image.Image:
-    """A base64 picture, enlarged (in whole steps, so that pixels stay square) or reduced to `SIDE`.
+def picture(png: str, side: int = SIDE) -> PIL.Image.Image:
+    """A base64 picture, enlarged (in whole steps, so that pixels stay square) or reduced to `side`.
 
     Raises ValueError when it is none.
     """
@@ -257,9 +265,9 @@ def picture(png: str) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(base64.b64decode(png, validate=True))).convert("RGB")
     except (OSError, TypeError, binascii.Error, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"not a base64 picture: {error}") from None
-    scale = SIDE / max(image.size)
+    scale = side / max(image.size)
     scale = math.floor(scale) if scale >= 2 else scale
-    size = [max(1, round(side * scale)) for side in image.size]
+    size = [max(1, round(length * scale)) for length in image.size]
     mode = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
     return image.resize((size[0], size[1]), mode)
 

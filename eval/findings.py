@@ -165,6 +165,17 @@ def _shots(report: dict[str, Any]) -> list[str]:
                 -1: f"Their pictures are in the way: without them, {now}.",
             }[compare(four, text)]
         )
+    if four and (shuffled := intervals["accuracy_shuffled_shots"]):
+        now = percent(report["accuracy_shuffled_shots"])
+        sentences.append(
+            {
+                1: f"Which picture goes with which answer matters: mixed up, {now}.",
+                0: f"Mixing those pictures up changes nothing measurable: {now}.",
+                -1: f"Mixing those pictures up even helps: {now}.",
+            }[compare(four, shuffled)]
+        )
+    if (copied := report["copied"]["accuracy_4shot"]) is not None:
+        sentences.append(f"Of its answers after four demonstrations, {percent(copied)} are one of theirs.")
     return sentences
 
 

@@ -1,74 +1,148 @@
-"""Test pictures with what the model said and where each generated word looked."""
+"""Queries with what the model said, the shots that it saw, and where each word of its answer looked.
+
+T tokens, N images, G places of the encoder's grid.
+"""
 
 from __future__ import annotations
 
 import base64
+import io
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
 import torch
 from einops import rearrange
+from torch import Tensor
 
+from flamingo.eval.config import EvalConfig
+from flamingo.eval.few_shot import Prompt, Setting, build
 from flamingo.eval.predictor import Predictor
-from flamingo.processing import IMAGE
+from flamingo.eval.run import check_complete
+from flamingo.eval.task import Task
+
+COUNT, WITH_SHOTS = 24, 8  # entries of a setting without shots, and of one with shots
+SIDE, SHOT_SIDE = 256, 128  # pixels of the longer side of an embedded picture, and of a shot's, at most
+RIGHT = 0.5  # a score from here on counts as right: of VQA, two of ten people
+Record = dict[str, Any]
 
 
-def choose(records: list[dict], count: int, seed: int = 0) -> list[dict]:
-    """A few answers of every kind, up to a third of them wrong."""
+def gallery(model: Path, task: Task, config: EvalConfig, answers: Path) -> list[dict[str, Any]]:
+    """Entries of the fewest shots and of the fewest above none.
+
+    {"setting", "image_png", "question", "answer", "prediction", "correct": bool | None without a score of
+    its own, "score", "kind", "words": [{"word", "map": rows x columns that sum to 1}],
+    "shots": [{"image_png": None where only its text was shown, "answer"}]}
+    """
+    plain = [setting for setting in config.settings() if not setting.control]
+    shown = {setting.shots: setting for setting in reversed(plain)}  # of several seeds the first
+    chosen = [shown[min(shown)]]
+    chosen += [shown[shots] for shots in sorted(shown) if shots and shown[shots] not in chosen][:1]
+    predictor = Predictor(model)
+    queries = {query.id: query for query in task.queries}
+    pool = {example.id: example for example in task.pool}
+    entries = []
+    for setting in chosen:
+        count = WITH_SHOTS if setting.shots else COUNT
+        for record in choose(check_complete(task.benchmark, answers, setting, task.queries), count):
+            shots = [pool[shot["id"]] for shot in record["shots"]]
+            prompt = build(task.benchmark, queries[record["id"]], shots, setting)
+            entries.append(_entry(predictor, task, setting, record, prompt))
+    return entries
+
+
+def choose(records: Sequence[Record], count: int, seed: int = 0) -> list[Record]:
+    """A few answers of every kind, up to a third of them wrong, more where few are right; any, where
+    answers have no score."""
     shuffled = random.Random(seed).sample(records, len(records))
+    wrong = [r for r in shuffled if correct(r) is False][: count // 3]
     kinds = sorted({record["kind"] for record in records})
-    wrong = [r for r in shuffled if not r["score"]][: count // 3]
-    right = [next((r for r in shuffled if r["score"] and r["kind"] == kind), None) for kind in kinds]
-    more = [r for r in shuffled if r["score"] and r not in right]
-    return [*[r for r in right if r], *wrong, *more][:count]
+    right = [next((r for r in shuffled if correct(r) and r["kind"] == kind), None) for kind in kinds]
+    chosen = [*[r for r in right if r][: count - len(wrong)], *wrong]
+    taken = {record["id"] for record in chosen}
+    more = sorted((r for r in shuffled if r["id"] not in taken), key=lambda r: correct(r) is False)
+    return [*chosen, *more][:count]
+
+
+def correct(record: Mapping[str, Any]) -> bool | None:
+    """None where the answer has no score by itself."""
+    return None if record["score"] is None else bool(record["score"] >= RIGHT)
+
+
+def _entry(
+    predictor: Predictor, task: Task, setting: Setting, record: Record, prompt: Prompt
+) -> dict[str, Any]:
+    query = prompt.example
+    if task.classes:
+        words = [{"word": record["prediction"], "map": _maps(predictor, prompt, [])[-1].tolist()}]
+    else:
+        words = looks(predictor, prompt, record["raw"])
+        words = words[: max(1, len(record["prediction"].split()))]  # without what was tidied away
+    return {
+        "setting": setting.name,
+        "image_png": embedded(query.image),
+        "question": query.question or query.context,
+        "answer": query.answers[0] if query.answers else "",
+        "prediction": record["prediction"],
+        "correct": correct(record),
+        "score": record["score"],
+        "kind": record["kind"],
+        "words": words,
+        "shots": [
+            {
+                "image_png": embedded(Path(shot["image"]), SHOT_SIDE) if prompt.prefix_images else None,
+                "answer": shot["answer"],
+            }
+            for shot in record["shots"]
+        ],
+    }
+
+
+def embedded(image: Path, side: int = SIDE) -> str:
+    """The picture as base64 PNG, at most so many pixels wide and high."""
+    with PIL.Image.open(image) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def looks(predictor: Predictor, prompt: Prompt, said: str) -> list[dict[str, Any]]:
+    """Per word of what the model said, as it was generated, its map over the query's picture.
+
+    A word of several tokens has the mean of their maps: {"word": str, "map": rows x columns floats that
+    sum to 1}. A token's map is that of the position that chose it.
+    """
+    tokenizer = predictor.processor.tokenizer  # type: ignore[attr-defined]
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"] if said.strip() else []
+    maps = _maps(predictor, prompt, ids)
+    words: list[tuple[str, list[Tensor]]] = []
+    before = ""
+    for place in range(len(ids)):  # the text so far, since a token alone may lose its blank
+        now = tokenizer.decode(ids[: place + 1])
+        piece, before = now[len(before) :], now
+        if not words or (piece[:1].isspace() and words[-1][0].strip()):
+            words.append((piece, [maps[place]]))
+        else:
+            words[-1] = (words[-1][0] + piece, [*words[-1][1], maps[place]])
+    return [{"word": word.strip(), "map": torch.stack(grids).mean(0).tolist()} for word, grids in words]
 
 
 @torch.inference_mode()
-def looks(predictor: Predictor, text: str, image: Path) -> list[dict]:
-    """Generate after `text` (one <image>) and return, per generated word, its map over the grid.
-
-    A word of several tokens has the mean of their maps: {"word": str, "map": rows x columns
-    floats that sum to 1}. A token's map is that of the position that chose it.
-    """
+def _maps(predictor: Predictor, prompt: Prompt, answer: Sequence[int]) -> Tensor:
+    """float32[1 + len(answer), rows, columns]: where on the query's picture the prompt's last token and
+    each token of the answer looked."""
     model, tokenizer = predictor.model, predictor.processor.tokenizer  # type: ignore[attr-defined]
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    pixels = predictor.pixels(image)[None].to(model.device)
-    out = model.generate(
-        input_ids=ids, pixel_values=pixels, max_new_tokens=predictor.max_new_tokens, do_sample=False
-    )
-    maps = model.attention_maps(out, pixels)[0]  # [T, G]
-    rows, _ = model.config.vision_config.grid  # type: ignore[union-attr]
-    words: list[dict] = []
-    stops = {model.config.end_of_chunk_token_id, tokenizer.eos_token_id}
-    for place in range(ids.shape[1], out.shape[1]):  # type: ignore[union-attr]
-        token = int(out[0, place])  # type: ignore[index]
-        if token in stops:
-            break
-        piece = tokenizer.decode([token])
-        grid = rearrange(maps[place - 1], "(h w) -> h w", h=rows).float().cpu()
-        if piece.startswith((" ", "\n")) or not words:
-            words.append({"word": piece.strip(), "maps": [grid]})
-        else:
-            words[-1]["word"] += piece
-            words[-1]["maps"].append(grid)
-    return [{"word": w["word"], "map": torch.stack(w["maps"]).mean(0).tolist()} for w in words]
-
-
-def gallery(predictor: Predictor, benchmark, records: list[dict], count: int = 24) -> list[dict]:
-    """Entries for the report, from 0-shot answers."""
-    by_id = {query.id: query for query in benchmark.queries()}
-    entries = []
-    for record in choose(records, count):
-        query = by_id[record["id"]]
-        entries.append(
-            {
-                "image_png": base64.b64encode(query.image.read_bytes()).decode(),
-                "question": query.question,
-                "answer": query.answers[0],
-                "prediction": record["prediction"],
-                "correct": bool(record["score"]),
-                "kind": record["kind"],
-                "words": looks(predictor, f"{IMAGE}{benchmark.prompt(query)}", query.image),
-            }
-        )
-    return entries
+    asked = tokenizer(prompt.prefix + prompt.text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[*asked, *answer]], device=model.device)
+    images = (*prompt.prefix_images, *prompt.images)
+    pixels = torch.stack([predictor.pixels(image) for image in images]).to(model.device)
+    maps = model.attention_maps(ids, pixels)[0, len(asked) - 1 :]  # [T, G], or [T, N, G] over all images
+    if maps.ndim == 3:
+        maps = maps[:, -1]
+        maps = maps / maps.sum(-1, keepdim=True).clamp(min=1e-12)
+    rows, _ = model.grid_shape(pixels)
+    return rearrange(maps, "t (h w) -> t h w", h=rows).float().cpu()

@@ -25,6 +25,11 @@ NAMES = {
         "those four lose their pictures; the test picture stays",
         True,
     ),
+    "accuracy_shuffled_shots": (
+        "4 shots, pictures mixed up",
+        "each of the four has the picture of another",
+        True,
+    ),
 }
 
 
@@ -42,7 +47,7 @@ def render(
         "kinds": _kinds(report),
         "losses": _losses(records),
         "curves": _curves(records, recipe),
-        "gallery": _gallery(gallery),
+        "gallery": drawn_gallery([entry for entry in gallery if entry["setting"] == "0-shot"]),
         "settings": _main_settings(recipe),
         "recipe_text": recipe_text,
         "heat": charts.heat_gradient(),
@@ -150,8 +155,9 @@ def _by_source(records: list[dict[str, Any]], key: str) -> dict[str, tuple[list,
     return out
 
 
-def _gallery(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Entries with their pictures drawn, and where the colours of all heat maps end."""
+def drawn_gallery(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entries (`report.read_gallery`) with their pictures drawn, and where the colours of all heat maps
+    end."""
     top = charts.heat_top([word["map"] for entry in entries for word in entry["words"]])
     drawn = []
     for entry in entries:
@@ -163,8 +169,12 @@ def _gallery(entries: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for word in entry["words"]
         ]
-        drawn.append({**entry, "image": charts.data_uri(entry["image"]), "words": words})
-    return {"entries": drawn, "top": top, "right": sum(entry["correct"] for entry in entries)}
+        shots = [
+            {**shot, "image": shot["image"] and charts.data_uri(shot["image"], "jpeg")}
+            for shot in entry["shots"]
+        ]
+        drawn.append({**entry, "image": charts.data_uri(entry["image"]), "words": words, "shots": shots})
+    return {"entries": drawn, "top": top, "right": sum(entry["correct"] is True for entry in entries)}
 
 
 def _main_settings(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -25,9 +25,12 @@ SETTINGS = {
     "accuracy_image_blank": (0, "blank"),
     "accuracy_4shot": (4, None),
     "accuracy_text_only_shots": (4, "text_only_shots"),
+    "accuracy_shuffled_shots": (4, "shuffled_shots"),
 }
 FIRST = 5  # steps left out of the throughput: the first ones warm up
 TAIL = 20  # steps that a final loss is the mean of
+SCORED = (("correct", bool), ("score", float))  # of an entry of the gallery
+SHOT_SIDE = 96  # pixels of a shot's picture in the page
 BLANK_TAIL = 5  # the same for losses with blanked pictures, which are measured now and then
 
 
@@ -130,20 +133,28 @@ def read_recipe(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def read_gallery(path: Path) -> list[dict[str, Any]]:
-    """Test pictures and what was answered: "image" is decoded, each word's "map" an array.
+    """Test pictures and what was answered: "image" is decoded, those of shots too, each word's "map" an
+    array; "correct" and "score" None for answers that have none by themselves.
 
     Empty where there is no file. Raises ValueError, naming the entry.
     """
     entries = []
     for number, entry in enumerate(read_json(path, list) or [], 1):
         try:
-            texts = {key: str(entry[key]) for key in ("question", "answer", "prediction", "kind")}
+            texts = {key: str(entry[key]) for key in ("question", "answer", "prediction", "kind", "setting")}
             words = [{"word": str(w["word"]), "map": _grid(w["map"])} for w in entry["words"]]
-            image = charts.picture(entry["image_png"])
-            entries.append({**texts, "correct": bool(entry["correct"]), "image": image, "words": words})
+            image, shots = charts.picture(entry["image_png"]), [_shot(shot) for shot in entry["shots"]]
+            correct, score = (entry[key] if entry[key] is None else kind(entry[key]) for key, kind in SCORED)
+            marks = {"correct": correct, "score": score}
+            entries.append({**texts, **marks, "image": image, "words": words, "shots": shots})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, entry {number} is damaged ({error!r}): evaluate again") from None
     return entries
+
+
+def _shot(shot: dict[str, Any]) -> dict[str, Any]:
+    png = shot["image_png"]
+    return {"image": None if png is None else charts.picture(png, SHOT_SIDE), "answer": str(shot["answer"])}
 
 
 def _grid(rows: Any) -> np.ndarray:
@@ -174,8 +185,8 @@ def figures(
         "run": name,
         "benchmark": evaluation.get("benchmark"),
         "description": evaluation.get("description"),
-        **_accuracies(evaluation.get("settings", {})),
-        "blind_accuracy": evaluation.get("blind_accuracy"),
+        **_accuracies(evaluation),
+        "blind_accuracy": evaluation.get("blind"),
         "train_seconds": train_seconds,
         "eval_seconds": eval_seconds,
         "total_seconds": total,
@@ -193,19 +204,23 @@ def figures(
     return report
 
 
-def _accuracies(settings: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy, interval, number of questions and kinds of every setting of `SETTINGS`."""
+def _accuracies(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Score, interval, number of questions, kinds and share of copied answers of every setting of
+    `SETTINGS`."""
     out: dict[str, Any] = dict.fromkeys(SETTINGS)
-    intervals, questions, kinds = (dict.fromkeys(SETTINGS) for _ in range(3))
-    by_how = {(s.get("shots"), s.get("control")): s for s in settings.values()}
-    for key, how in SETTINGS.items():
-        if setting := by_how.get(how):
-            try:
-                out[key], questions[key] = setting["accuracy"], setting["n"]
-                intervals[key], kinds[key] = list(setting["interval"]), setting["by_kind"]
-            except KeyError as error:
-                raise ValueError(f"eval.json: setting {how} lacks {error}: evaluate again") from None
-    return {**out, "intervals": intervals, "questions": questions, "by_kind": kinds}
+    intervals, questions, kinds, copied = (dict.fromkeys(SETTINGS) for _ in range(4))
+    try:
+        by_how = {(s["shots"], s["control"]): s for s in evaluation.get("settings", [])}
+        for key, how in SETTINGS.items():
+            setting = by_how.get(how, {"metrics": {}})
+            if figures := setting["metrics"].get(evaluation["metrics"][0]["name"]) if by_how else None:
+                out[key], intervals[key] = figures["value"], list(figures["interval"])
+                questions[key], copied[key] = setting["n"], setting["copied"]
+                by_kind = figures["by_kind"].items()
+                kinds[key] = {kind: {"n": each["n"], "accuracy": each["value"]} for kind, each in by_kind}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"eval.json is of another version or damaged ({error!r}): evaluate again") from None
+    return {**out, "intervals": intervals, "questions": questions, "by_kind": kinds, "copied": copied}
 
 
 def _throughput(records: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from flamingo.eval.config import EvalConfig, explained
 from flamingo.eval.few_shot import Setting
 from flamingo.eval.run import answer_files, read_answers
 
-NEEDED = "benchmark title split fingerprint config metrics settings"
+NEEDED = "benchmark title description split blind fingerprint config seconds metrics settings"
 Records = dict[str, dict[str, Any]]  # by query, in the order that they were written
 
 

@@ -66,12 +66,16 @@ def looks(tmp_path: Path) -> Path:
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe()))
     train = {"steps": STEPS, "train_seconds": 100.0, "ranks": 2, "trained_parameters": 10}
     (run / "train.json").write_text(json.dumps(train))
-    asked = {"n": 2000, "by_kind": {}}
-    settings = {
-        "0-shot": {"shots": 0, "control": None, "accuracy": 0.97, "interval": [0.96, 0.98], **asked},
-        "blank": {"shots": 0, "control": "blank", "accuracy": 0.61, "interval": [0.6, 0.62], **asked},
+    scores = {None: 0.97, "blank": 0.61}
+    figures = {
+        how: {"value": v, "interval": [v - 0.01, v + 0.01], "by_kind": {}} for how, v in scores.items()
     }
-    evaluation = {"benchmark": "easy_vqa", "seconds": 9.0, "blind_accuracy": 0.67, "settings": settings}
+    settings = [
+        {"shots": 0, "control": how, "n": 2000, "metrics": {"exact_match": each}, "copied": None}
+        for how, each in figures.items()
+    ]
+    evaluation = {"benchmark": "easy_vqa", "seconds": 9.0, "blind": 0.67, "settings": settings}
+    evaluation |= {"metrics": [{"name": "exact_match"}]}
     (run / "eval.json").write_text(json.dumps(evaluation))
     return run
 

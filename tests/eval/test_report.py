@@ -48,14 +48,14 @@ def record(step: int, gap: float) -> dict[str, Any]:
 
 
 def setting(shots: int, control: str | None, n: int, accuracy: float, half: float) -> dict[str, Any]:
+    by_kind = {"what color": {"n": 100, "value": accuracy}}
+    interval = [accuracy - half, accuracy + half]
     return {
         "shots": shots,
         "control": control,
         "n": n,
-        "accuracy": accuracy,
-        "interval": [accuracy - half, accuracy + half],
-        "by_kind": {"what color": {"n": 100, "accuracy": accuracy}},
-        "seconds": 10.0,
+        "metrics": {"exact_match": {"value": accuracy, "interval": interval, "by_kind": by_kind}},
+        "copied": 0.375 if shots else None,
     }
 
 
@@ -75,6 +75,9 @@ def entry(**changes: Any) -> dict[str, Any]:
         "correct": False,
         "kind": "what color",
         "words": [{"word": "red", "map": grid}],
+        "setting": "0-shot",
+        "score": 0.0,
+        "shots": [],
         **changes,
     }
 
@@ -97,16 +100,19 @@ def trained(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def complete(trained: Path) -> Path:
-    settings = {
-        "0-shot": setting(0, None, 9673, 0.972, 0.003),
-        "0-shot, images blanked": setting(0, "blank", 2000, 0.61, 0.02),
-        "4-shot": setting(4, None, 2000, 0.96, 0.01),
-        "4-shot, shots without images": setting(4, "text_only_shots", 2000, 0.9, 0.01),
-    }
+    settings = [
+        setting(0, None, 9673, 0.972, 0.003),
+        setting(0, "blank", 2000, 0.61, 0.02),
+        setting(4, None, 2000, 0.96, 0.01),
+        setting(4, "text_only_shots", 2000, 0.9, 0.01),
+        setting(4, "shuffled_shots", 2000, 0.955, 0.01),
+    ]
     evaluation = {"benchmark": "easy_vqa", "description": "easy", "seconds": 123.0}
-    evaluation |= {"blind_accuracy": 0.6703, "settings": settings}
+    metrics = [{"name": "exact_match", "title": "accuracy", "scale": 100.0}]
+    evaluation |= {"blind": 0.6703, "metrics": metrics, "settings": settings}
     dump(trained / "eval.json", evaluation)
-    dump(trained / "gallery.json", [entry(), entry(prediction="blue", correct=True)])
+    with_shots = entry(setting="4-shot", shots=[{"image_png": png(), "answer": "red"}])
+    dump(trained / "gallery.json", [entry(), entry(prediction="blue", correct=True), with_shots])
     dump(trained / "timing.json", {"total_seconds": 250.5})
     (trained / "recipe.yaml").write_text(
         "run: x\nsteps: 12\nmodel: {vision: 'timm:x', language: y}\n"
@@ -129,6 +135,7 @@ def test_figures_of_a_complete_run(complete: Path):
         "accuracy_4shot": 0.96,
         "accuracy_image_blank": 0.61,
         "accuracy_text_only_shots": 0.9,
+        "accuracy_shuffled_shots": 0.955,
         "blind_accuracy": 0.6703,
         "train_seconds": 100.0,
         "eval_seconds": 123.0,
@@ -143,6 +150,10 @@ def test_figures_of_a_complete_run(complete: Path):
     assert report["intervals"]["accuracy_image_blank"] == pytest.approx([0.59, 0.63])
     assert report["by_kind"]["accuracy"] == {"what color": {"n": 100, "accuracy": 0.972}}
     assert set(report["versions"]) == {"python", "torch", "transformers", "deepspeed"}
+    assert report["copied"]["accuracy_4shot"] == 0.375 and report["copied"]["accuracy"] is None
+    said = " ".join(report["reading"]).replace("\u00a0", " ")
+    assert "Mixing those pictures up changes nothing measurable: 95.5 %." in said
+    assert "Of its answers after four demonstrations, 37.5 % are one of theirs." in said
     gap = report["final_loss_blank"]["captions"] - report["final_loss_beside_blank"]["captions"]
     assert gap == pytest.approx(1.0)
     assert "97.2\u00a0% of 9,673 test questions; 67.0\u00a0% is possible without" in report["headline"]
@@ -170,6 +181,7 @@ def test_right_and_wrong_are_told_in_words(complete: Path):
 def test_what_is_missing_is_said_to_be_not_measured(trained: Path):
     report, page = report_of(trained)
     keys = ("accuracy", "accuracy_4shot", "accuracy_image_blank", "accuracy_text_only_shots")
+    keys += ("accuracy_shuffled_shots",)
     for key in (*keys, "blind_accuracy", "eval_seconds", "total_seconds"):
         assert report[key] is None
     assert report["headline"].startswith("Not evaluated")
@@ -178,14 +190,14 @@ def test_what_is_missing_is_said_to_be_not_measured(trained: Path):
 
 def test_some_settings_missing(complete: Path):
     evaluation = json.loads((complete / "eval.json").read_text())
-    del evaluation["settings"]["4-shot"], evaluation["settings"]["4-shot, shots without images"]
+    evaluation["settings"] = [s for s in evaluation["settings"] if not s["shots"]]
     dump(complete / "eval.json", evaluation)
     (complete / "timing.json").unlink()
     report, page = report_of(complete)
     assert report["accuracy_4shot"] is None
     assert report["accuracy_image_blank"] == 0.61
     assert report["total_seconds"] == 223.0
-    assert page.count("not measured") == 2
+    assert page.count("not measured") == 3
 
 
 def test_text_from_files_is_escaped(complete: Path):
@@ -226,7 +238,8 @@ def test_missing_file_is_named(complete: Path, name: str):
         ("train.json", "[]", "is damaged .*delete it"),
         ("train.json", '{"steps": 3}', "train_seconds is None"),
         ("eval.json", "{", "is damaged"),
-        ("eval.json", '{"settings": {"0-shot": {"shots": 0, "control": null}}}', "evaluate again"),
+        ("eval.json", '{"settings": {"0-shot": {"shots": 0, "accuracy": 0.9}}}', "of another version"),
+        ("eval.json", '{"settings": [{"shots": 0, "control": null}]}', "evaluate again"),
         ("recipe.yaml", "a: [", "is damaged"),
         ("gallery.json", json.dumps([entry(image_png="AAAA")]), "entry 1 is damaged"),
         ("gallery.json", json.dumps([entry(words=[{"word": "a", "map": [1]}])]), "rows x columns"),
@@ -242,12 +255,14 @@ def test_damaged_file_is_named(complete: Path, name: str, text: str, said: str):
 def figures(seen: float, blank: float | None, blind: float | None, gap: float) -> dict[str, Any]:
     """What the sentences are made of; every interval is 0.02 wide."""
     shares = {"accuracy": seen, "accuracy_image_blank": blank}
-    shares |= {"accuracy_4shot": None, "accuracy_text_only_shots": None}
+    later = ("accuracy_4shot", "accuracy_text_only_shots", "accuracy_shuffled_shots")
+    shares |= dict.fromkeys(later)
     spans = {key: None if v is None else [v - 0.01, v + 0.01] for key, v in shares.items()}
     losses = {"final_loss_beside_blank": {"questions": 1.0}}
     losses["final_loss_blank"] = {"questions": 1.0 + gap}
     counts = {"questions": {"accuracy": 9673}}
-    return {**shares, **losses, **counts, "blind_accuracy": blind, "intervals": spans}
+    copied = {"copied": dict.fromkeys(shares)}
+    return {**shares, **losses, **counts, **copied, "blind_accuracy": blind, "intervals": spans}
 
 
 @pytest.mark.parametrize(
