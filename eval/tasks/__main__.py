@@ -57,19 +57,24 @@ def write_tasks(
         raise ValueError("shots_from='similar': tasks of lmms-eval have no index; choose random or fixed")
     defaults = {"shots_from": "random"}
     kept = {k: v for k, v in given.items() if v is not None and v != defaults.get(k)}
-    out.mkdir(parents=True, exist_ok=True)
-    if out.resolve() != FOLDER.resolve():
-        shutil.copyfile(FOLDER / BASE, out / BASE)
-    names = []
-    for count in shots:
+    names: list[str] = []
+    for count in sorted(set(shots), reverse=True):
         settings = {"benchmark": benchmark, "shots": count, "seed": seed, "choice": choice, **kept}
-        opened(json.dumps(settings, sort_keys=True))  # what is wrong is said now
+        if not names:  # what is wrong is said now, and before anything is written
+            opened(json.dumps(settings, sort_keys=True))
+            _begin(out)
         name = f"{benchmark.rpartition('.')[2].replace('-', '_')}_{count}shot" + "_choice" * choice
         (out / f"{name}.json").write_text(json.dumps(settings) + "\n")
         task = described(f"flamingo_{name}", f"{name}.json", module, choice)
         (out / f"{name}.yaml").write_text(task)
         names.append(f"flamingo_{name}")
-    return names
+    return names[::-1]
+
+
+def _begin(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() != FOLDER.resolve():
+        shutil.copyfile(FOLDER / BASE, out / BASE)
 
 
 def described(name: str, file: str, module: Any, choice: bool) -> str:
@@ -81,13 +86,17 @@ def described(name: str, file: str, module: Any, choice: bool) -> str:
         "dataset_kwargs": {"data_files": {"test": file}},
     }
     if choice:
-        task |= {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+        task |= {"output_type": "multiple_choice"}
     else:
         options = {"max_new_tokens": module.MAX_NEW_TOKENS, "num_beams": 3, "do_sample": False, "until": []}
         task |= {"output_type": "generate_until", "generation_kwargs": options}
-    metric = "    aggregation: !function flamingo.eval.tasks.few_shot.aggregate\n    higher_is_better: true\n"
-    listed = "".join(f"  - metric: {each}\n{metric}" for each in module.METRICS)
-    return yaml.safe_dump(task, sort_keys=False) + "metric_list:\n" + listed
+    functions = "!function flamingo.eval.tasks.few_shot"
+    lines = [f"doc_to_choice: {functions}.choices"] if choice else []
+    lines += ["metric_list:"]
+    for metric in module.METRICS:
+        lines += [f"  - metric: {metric}", f"    aggregation: {functions}.aggregate"]
+        lines += ["    higher_is_better: true"]
+    return yaml.safe_dump(task, sort_keys=False) + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -86,7 +86,6 @@ def documents(rows: Any) -> Any:
                 "answers": list(query.answers),
                 "kind": query.kind,
                 "image": str(query.image),
-                "choices": list(run.choices),
                 "target": _place(run.choices, answer) if run.choices else answer.strip(),
             }
         )
@@ -96,6 +95,11 @@ def documents(rows: Any) -> Any:
 def _place(choices: Sequence[str], answer: str) -> int:
     """Of the right one; -1 where it is none of them."""
     return choices.index(answer) if answer in choices else -1
+
+
+def choices(doc: Mapping[str, Any]) -> list[str]:
+    """What is ranked."""
+    return list(opened(doc["settings"]).choices)
 
 
 def text(doc: Mapping[str, Any]) -> str:

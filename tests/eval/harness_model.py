@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
+from filelock import FileLock
+from PIL import Image, ImageFile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -13,7 +16,11 @@ from flamingo.config import ADDED_TOKENS, FlamingoConfig, FlamingoVisionConfig
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 
-TEXTS = ("Question: what color is the shape? Answer: red blue green yes no circle", "\n\n", "What's this? a b")
+TEXTS = (
+    "Question: what color is the shape? Answer: red blue green yes no circle",
+    "\n\n",
+    "What's this? a b",
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -72,6 +79,18 @@ def write_model(folder: Path) -> Path:
     model.save_pretrained(folder)
     FlamingoProcessor.for_model(config, words).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def other_tests_untouched() -> Iterator[None]:
+    """lmms-eval changes libraries for its whole process: cut-off pictures pass, and locks are shared."""
+    lock = type(FileLock)
+    cut_off, call = ImageFile.LOAD_TRUNCATED_IMAGES, lock.__call__
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = cut_off
+        lock.__call__ = call
 
 
 def picture(number: int) -> Image.Image:
