@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ with other_tests_untouched():
 from flamingo.eval import asking, benchmarks, metrics  # noqa: E402
 from flamingo.eval.asking import Asked, Asker, placed, turn_text  # noqa: E402
 from flamingo.eval.benchmarks import Prediction  # noqa: E402
-from flamingo.eval.lmms_eval import FlamingoChat, FlamingoSimple, manifest  # noqa: E402
+from flamingo.eval.lmms_eval import ARGUMENTS, FlamingoChat, FlamingoSimple, manifest  # noqa: E402
 from flamingo.eval.tasks import FOLDER, few_shot  # noqa: E402
 from flamingo.eval.tasks.__main__ import write_tasks  # noqa: E402
 from tests.eval.fixtures_captions import write_hateful_memes  # noqa: E402
@@ -422,6 +423,16 @@ def test_the_tasks_here_are_those_that_the_command_writes(tmp_path):
     assert files == {
         p.name: p.read_text() for p in FOLDER.iterdir() if p.suffix not in (".py", "") or p.name in files
     }
+
+
+def test_the_page_names_every_argument_option_and_task():
+    page = (Path(__file__).parents[2] / "docs" / "harnesses.md").read_text()
+    signature = inspect.signature(FlamingoChat.__init__).parameters
+    arguments = [name for name in signature if name not in ("self", "unknown")]
+    assert arguments == ARGUMENTS.split()
+    assert [n for n in (*arguments, *asking.OPTIONS, *asking.TEMPLATES) if n not in page] == []
+    tags = {line.split()[1] for p in FOLDER.glob("*.yaml") for line in p.open() if line.startswith("tag:")}
+    assert tags == {"flamingo_easy_vqa", "flamingo_easy_vqa_choice"} and all(f"`{t}`" in page for t in tags)
 
 
 @pytest.mark.slow
