@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,3 +126,37 @@ def compare(
 
     with plain_errors():
         typer.echo(compared(one, other, out))
+
+
+@app.command()
+def index(
+    benchmark: Annotated[str, typer.Argument(help="A name (flamingo eval describe), or a dotted module.")],
+    out: Annotated[
+        str, typer.Option(help="Folder, or Milvus: FILE.db, http://HOST:19530; #NAME names the collection.")
+    ],
+    data: Data = None,
+    encoder: Annotated[
+        str, typer.Option(help="open_clip:ARCHITECTURE/WEIGHTS, or model:FOLDER, a Flamingo's own.")
+    ] = "open_clip:ViT-B-32/openai",
+    similarity: Annotated[
+        str, typer.Option(help="What is compared: image, text, or both, which serves all three.")
+    ] = "image",
+    pool: Annotated[int, typer.Option(min=1, help="Demonstrations, as `flamingo eval run` draws.")] = 2048,
+    rebuild: Annotated[bool, typer.Option(help="Replace an index of other data or encoder.")] = False,
+) -> None:
+    """Index a benchmark's demonstrations, for --shots-from similar: shots that resemble their query.
+
+    Vectors are kept by content: interrupted, it goes on; with new data, only
+    what is new is computed. FLAMINGO_MILVUS_TOKEN is the token of a Milvus.
+    """
+    from flamingo.eval.retrieval import build_index
+    from flamingo.runtime import quiet_libraries, tune_cpu
+
+    quiet_libraries()
+    tune_cpu()
+    with plain_errors():
+        address, made = build_index(benchmark, data, out, encoder, similarity, pool, rebuild)
+        typer.echo(f"{made.examples:,} demonstrations, {made.rows:,} vectors of {made.width}: {address}")
+        words = ["--benchmark", benchmark, "--shots-from", "similar", "--similarity", similarity]
+        words += ["--pool", str(pool), "--index", address, *(["--data", str(data)] if data else [])]
+        typer.echo(f"flamingo eval run MODEL {shlex.join(words)}")

@@ -276,7 +276,8 @@ class Vectors:
 
     def __init__(self, folder: Path, rank: int = 0, world: int = 1):
         self.folder, self.rank, self.world = folder, rank, world
-        self._contents: dict[Path, list[str]] = {}  # keys of each file, in the order of its rows
+        self._seen: set[Path] = set()  # a file never changes
+        self._places: dict[str, dict[str, tuple[Path, int]]] = {}
 
     def get(
         self, encoder: Encoder, part: Part, items: Mapping[str, Item], keep: Collection[str] | None = None
@@ -331,12 +332,12 @@ class Vectors:
 
     def _known(self, stem: str) -> dict[str, tuple[Path, int]]:
         """Where the vector of each key lies: file and row."""
-        found = {}
-        for file in sorted(self.folder.glob(f"{stem}-*.safetensors")):
-            if file not in self._contents:
-                with _opened(file) as content:
-                    self._contents[file] = (content.metadata() or {}).get("keys", "").split("\n")
-            found |= {key: (file, row) for row, key in enumerate(self._contents[file])}
+        found = self._places.setdefault(stem, {})
+        for file in set(self.folder.glob(f"{stem}-*.safetensors")) - self._seen:
+            with _opened(file) as content:
+                keys = (content.metadata() or {}).get("keys", "").split("\n")
+            found.update((key, (file, row)) for row, key in enumerate(keys))
+            self._seen.add(file)
         return found
 
     def _gather(self, stem: str, keys: list[str]) -> np.ndarray:

@@ -24,6 +24,7 @@ from flamingo.eval.retrieval.contents import Manifest
 
 CONNECT_SECONDS, CALL_SECONDS = 10, 120  # that a Milvus may take
 MOST = 16_384  # rows that a Milvus gives of a search
+QUERIES = 64  # sent at a time
 MESSAGE = 2**23  # bytes of vectors sent or fetched at a time
 TOKENS = ("FLAMINGO_MILVUS_TOKEN", "MILVUS_TOKEN")
 PREFIX = "flamingo_"  # of collections that have no name of their own
@@ -163,16 +164,20 @@ class Collection:
 
     def top(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores float32[Q, K], rows int64[Q, K]) by inner product, the highest first."""
-        found = self._client.search(
-            self._name,
-            data=queries.tolist(),
-            anns_field="vector",
-            filter="row >= 0",
-            limit=count,
-            output_fields=["row"],
-            search_params={"metric_type": "IP"},
-            timeout=CALL_SECONDS,
-        )
+        found = [
+            hits
+            for start in range(0, len(queries), QUERIES)
+            for hits in self._client.search(
+                self._name,
+                data=queries[start : start + QUERIES].tolist(),
+                anns_field="vector",
+                filter="row >= 0",
+                limit=count,
+                output_fields=["row"],
+                search_params={"metric_type": "IP"},
+                timeout=CALL_SECONDS,
+            )
+        ]
         scores = np.array([[hit["distance"] for hit in hits] for hits in found], np.float32)
         return scores, np.array([[hit["row"] for hit in hits] for hits in found], np.int64)
 
@@ -253,7 +258,5 @@ def write(
         part = [{"row": row, "vector": vectors[row], "about": about[row]} for row in rows]
         client.insert(name, part, timeout=CALL_SECONDS)
     last = {"row": MANIFEST, "vector": np.zeros(vectors.shape[1], np.float32)}
-    client.flush(name, timeout=CALL_SECONDS)
     client.load_collection(name, timeout=CALL_SECONDS)
     client.insert(name, [{**last, "about": manifest.model_dump_json()}], timeout=CALL_SECONDS)
-    client.flush(name, timeout=CALL_SECONDS)

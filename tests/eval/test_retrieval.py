@@ -402,6 +402,27 @@ def test_an_index_is_made_once_and_again_only_for_what_is_new(gallery, clip, tmp
         (gallery / "train5.png").write_bytes(before)
 
 
+def test_an_interrupted_index_goes_on_where_it_stopped(gallery, clip, predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "CHUNK", 5)
+    computed: list[Path] = []
+    embed = embedding.OpenClip.embed
+
+    def stopped(self, part, items):
+        if len(computed) == 5:
+            computed.append(tmp_path)
+            raise KeyboardInterrupt
+        computed.extend(items)
+        return embed(self, part, items)
+
+    monkeypatch.setattr(embedding.OpenClip, "embed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        retrieval.build_index(NAME, gallery, str(tmp_path / "index"), clip)
+    with pytest.raises(ValueError, match="is not there, or unfinished"):
+        found(config(gallery, tmp_path / "index"), predictor)
+    retrieval.build_index(NAME, gallery, str(tmp_path / "index"), clip)
+    assert computed[6:] == [gallery / f"train{number}.png" for number in range(5, POOL)]
+
+
 def change_picture(gallery: Path) -> None:
     paint(gallery / "train5.png", 55)
 
@@ -661,7 +682,7 @@ def test_the_command_says_what_it_made_and_how_to_use_it(gallery, clip, tmp_path
     said = CliRunner().invoke(app, [*map(str, words), "--pool", "7"])
     assert said.exit_code == 0, said.output
     assert "7 demonstrations, 7 vectors of 32" in said.output
-    assert f"--shots-from similar --index '{out}'" in said.output
+    assert f"--shots-from similar --similarity both --pool 7 --index {out} --data {gallery}" in said.output
     assert json.loads((out / "manifest.json").read_text())["encoder"] == clip
     assert len(json.loads((out / "ids.json").read_text())) == 7
     refused = CliRunner().invoke(app, [*map(str, words)])
