@@ -108,7 +108,7 @@ def plan(
     _check(gpus, gpu_memory, utilisation, peak)
     images = dict(images or {})
     check_images(recipe, images)
-    parts = _spread(splits(recipe, gpus))
+    parts = _spread(splits(recipe, gpus), recipe.accumulation)
     model = assemble(recipe)
     frozen, trained = parameters(model)
     frozen_bytes, count = bytes_of(model, trained=False), sum(trained.values())
@@ -173,12 +173,13 @@ def _options(
     return found
 
 
-def _spread(parts: list[int]) -> list[int]:
-    """At most MOST of them, the first and the last included."""
+def _spread(parts: list[int], own: int) -> list[int]:
+    """At most MOST of them, the first and the last included, and the recipe's own beside."""
     if len(parts) <= MOST:
         return parts
     step = (len(parts) - 1) / (MOST - 1)
-    return [parts[round(number * step)] for number in range(MOST)]
+    chosen = {parts[round(number * step)] for number in range(MOST)} | {own}
+    return [part for part in parts if part in chosen]
 
 
 def _peak(recipe: Recipe, peak: float | None) -> tuple[float, str]:

@@ -23,7 +23,7 @@ def easy_vqa(
     turns: Annotated[
         int,
         typer.Option(min=1, help="Pictures, each with a question and its answer, per document."),
-    ] = 4,
+    ] = 5,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Pairs or documents per tar file.")] = 1000,
     balance: Annotated[
         int,

@@ -142,7 +142,7 @@ def pixel_digest(data: bytes) -> str:
 def write_shards(
     out: Path,
     *,
-    turns: int = 4,
+    turns: int = 5,
     per_shard: int = 1000,
     seed: int = 0,
     balance: int | None = None,

@@ -160,7 +160,7 @@ def test_documents_hold_each_question_once_about_different_pictures(written):
             asked[(question.text, answer.text)] += 1
     train = [e for e in easy_vqa.load_split("train") if e.image_id < LIMIT]
     assert asked == Counter((f"Question: {e.question} Answer:", f" {e.answer}") for e in train)
-    assert sum(lengths.values()) - lengths[4] == card.counts["shorter documents"] < 8
+    assert sum(lengths.values()) - lengths[5] == card.counts["shorter documents"] < 8
 
 
 def test_balanced_shards_hold_each_kind_and_answer_equally_often(tmp_path):
@@ -190,7 +190,7 @@ def test_a_complete_folder_is_kept_and_anything_else_is_not_overwritten(written,
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert easy_vqa.write_shards(out, per_shard=50, limit=LIMIT, balance=None) == card
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == stamps
-    with pytest.raises(ValueError, match=r"other settings \(turns 4, not 2\)"):
+    with pytest.raises(ValueError, match=r"other settings \(turns 5, not 2\)"):
         easy_vqa.write_shards(out, per_shard=50, limit=LIMIT, balance=None, turns=2)
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -230,7 +230,7 @@ def test_dataset_json_tells_where_the_data_comes_from(written):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"turns": 0}, "turns must be"), ({"limit": 3}, "turns 4: there are only 3")],
+    [({"turns": 0}, "turns must be"), ({"limit": 3}, "turns 5: there are only 3")],
 )
 def test_wrong_settings_are_named_and_write_nothing(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
