@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -361,3 +363,14 @@ def test_a_file_that_is_missing_or_damaged_is_named(colours, tmp_path, name, con
     with pytest.raises(ValueError, match=said):
         page.write(out)
     assert not (out / "report.html").exists()
+
+
+def test_without_matplotlib_the_figures_are_said_to_be_there(colours, tmp_path):
+    out = made.write(tmp_path / "a", made.Answerer(0.9))
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from pathlib import Path; from flamingo.eval.results import page\n"
+        "try:\n    page.write(Path(sys.argv[1]))\nexcept ValueError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=True)
+    assert "needs matplotlib: pip install 'flamingo-vlm[eval]'" in done.stdout
