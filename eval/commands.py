@@ -15,7 +15,13 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Data = Annotated[Path | None, typer.Option(help="Folder of the benchmark's official files.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the benchmark's official files; or hub, hub:owner/name, hub:FOLDER: "
+        "a copy in Hugging Face's format."
+    ),
+]
 
 
 @app.command()

@@ -48,7 +48,7 @@ class Hook:
         world: int,
         step: int,
     ) -> dict[str, float]:
-        """{"0-shot": score, ...} as the metric shows it, on every rank; the answers lie in RUN/evaluations."""
+        """{"0-shot": score, ...} as the metric shows it, on every rank; answers lie in RUN/evaluations."""
         out = run / FOLDER / f"step-{step:06d}"
         if rank == 0:  # a resumed run asks again: its earlier life may have been cut off here
             shutil.rmtree(out, ignore_errors=True)

@@ -151,12 +151,22 @@ class Part:
 
     def _ranked(self, prompts: list[Prompt]) -> Iterator[tuple[Example, Prediction, str]]:
         """The likeliest class of each prompt; calibrated, relative to the same prompt about a blank."""
+        lengths = self._lengths()
         for prompt, scores in self.predictor.rank(prompts, self.task.classes):
             if self.config.calibrate:
                 ((_, bias),) = self.predictor.rank([blanked(prompt)], self.task.classes)
                 scores = tuple(s - b for s, b in zip(scores, bias, strict=True))
+            scores = tuple(s / length for s, length in zip(scores, lengths, strict=True))
             text = self.task.best(scores)
             yield prompt.example, Prediction(prompt.example.id, text, tuple(scores)), text
+
+    def _lengths(self) -> list[int]:
+        """What likelihoods are divided by: tokens of each class where the benchmark takes their mean."""
+        classes = self.task.classes
+        if not getattr(self.task.benchmark, "MEAN_LIKELIHOOD", False):
+            return [1] * len(classes)
+        ids = self.predictor.processor.tokenizer(list(classes), add_special_tokens=False)["input_ids"]
+        return [len(each) for each in ids]
 
 
 def together(answers: Sequence[tuple[Prediction, str]], classes: Sequence[str]) -> tuple[Prediction, str]:

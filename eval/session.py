@@ -87,7 +87,7 @@ def evaluate(
     answers = out / "answers"
     began = time.monotonic()
     plan = Plan(str(model.resolve()), fingerprint(model), config)
-    with _together(world) as wait:
+    with _together(rank, world) as wait:
         if rank == 0:
             if overwrite:
                 shutil.rmtree(answers, ignore_errors=True)
@@ -104,6 +104,7 @@ def evaluate(
 
 def _collect(model: Path, out: Path, answers: Path, config: EvalConfig, seconds: float) -> dict:
     from flamingo.eval.gallery import gallery
+    from flamingo.eval.results import page
     from flamingo.eval.results.summary import summarise
 
     task = Task.of(config)
@@ -111,26 +112,39 @@ def _collect(model: Path, out: Path, answers: Path, config: EvalConfig, seconds:
     summary |= {"model": str(model), "fingerprint": fingerprint(model)}
     (out / "gallery.json").write_text(json.dumps(gallery(model, task, config, answers)))
     (out / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
+    page.write(out)
     return summary
 
 
 def member() -> tuple[int, int]:
-    """(rank, world size) that a launcher announced; (0, 1) without one."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    """(rank, world size) that a launcher announced; (0, 1) without one. A Slurm job whose batch script
+    calls this without srun has one process."""
+    names = [("RANK", "WORLD_SIZE")]
+    if {"SLURM_STEP_ID", "SLURM_STEPID"} & os.environ.keys():
+        names.append(("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    for rank, world in names:
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
 
 
 @contextmanager
-def _together(world: int) -> Iterator[Any]:
-    """Gives a function that waits for all processes of a launcher; alone, nobody waits."""
+def _together(rank: int, world: int) -> Iterator[Any]:
+    """Gives a function that waits for all processes of a launcher; alone, nobody waits.
+
+    Raises ValueError where the launcher did not say at which address they meet.
+    """
     if world == 1:
         yield lambda: None
         return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(
+            f"{world} processes, but {' and '.join(missing)} not set: export the first node's name and a "
+            "free port before srun; torchrun and deepspeed do it by themselves"
+        )
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(days=7))
     try:
         yield dist.barrier
     finally:
@@ -186,5 +200,5 @@ def _choose_gpu(rank: int) -> None:
     import torch
 
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", rank))
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
         torch.cuda.set_device(local % torch.cuda.device_count())

@@ -13,6 +13,7 @@ completion(example) -> str         what a shot continues its prompt with
 tidy(text) -> str                  a generated text as the official evaluator would take it
 and, where it has them:
 CLASSES(folder) -> tuple[str, ...] what is ranked, as continuations of the prompt
+MEAN_LIKELIHOOD = True             classes are ranked by the mean over their tokens, not by the sum
 PROMPTS: tuple[Callable, ...]      other templates, for prompt ensembling
 HUB: hub.Copy                      a maintained copy on the Hugging Face hub
 BUNDLED = True                     it needs no data folder

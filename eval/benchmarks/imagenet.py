@@ -26,6 +26,7 @@ FILES: dict[str, tuple[File, ...]] = {
 QUERIES, DEMONSTRATIONS = "val", "train"
 METRICS = ("top1",)
 MAX_NEW_TOKENS = 0
+MEAN_LIKELIHOOD = True  # as OpenFlamingo's evaluation does
 BLIND = None
 # 10,000 of the training pictures are enough to draw shots from: the rest is not written to disk.
 HUB = hub.Copy(
