@@ -36,7 +36,10 @@ class Hook:
         except pydantic.ValidationError as error:
             raise ValueError(f"evaluate.settings: {configs.explained(error)}") from None
         if self.config.shots_from == "similar":
-            raise ValueError("evaluate.settings: shots_from=similar needs an index; choose random or fixed")
+            raise ValueError(
+                "evaluate.settings: shots_from=similar would embed the demonstrations within training; choose "
+                "random or fixed, and evaluate checkpoints by themselves"
+            )
         self.task = Task.of(self.config)
 
     def __call__(
