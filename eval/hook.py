@@ -37,7 +37,7 @@ class Hook:
             raise ValueError(f"evaluate.settings: {configs.explained(error)}") from None
         if self.config.shots_from == "similar":
             raise ValueError(
-                "evaluate.settings: shots_from=similar would embed the demonstrations within training; choose "
+                "evaluate.settings: shots_from=similar would embed demonstrations within training; choose "
                 "random or fixed, and evaluate checkpoints by themselves"
             )
         self.task = Task.of(self.config)
