@@ -99,7 +99,10 @@ def _show(summary: dict, folder: Path) -> None:
     first = summary["metrics"][0]
     typer.echo(f"{summary['title']}, {first['title']}")
     for setting in summary["settings"]:
-        figures = setting["metrics"][first["name"]]
+        figures = setting["metrics"].get(first["name"])
+        if figures is None:
+            typer.echo(f"{setting['name']:44} not scored: {setting['note']}")
+            continue
         low, high = (first["scale"] * bound for bound in figures["interval"])
         value, many = first["scale"] * figures["value"], setting["n"] * len(setting["seeds"])
         typer.echo(f"{setting['name']:44} {value:7.2f}  ({low:.1f} to {high:.1f}, {many:,} answers)")

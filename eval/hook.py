@@ -70,6 +70,7 @@ class Hook:
         return {
             setting["name"]: round(first["scale"] * setting["metrics"][first["name"]]["value"], 4)
             for setting in summary["settings"]
+            if first["name"] in setting["metrics"]  # not where a split has no published answers
         }
 
     @torch.no_grad()

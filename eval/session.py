@@ -110,8 +110,8 @@ def _collect(model: Path, out: Path, answers: Path, config: EvalConfig, seconds:
     task = Task.of(config)
     summary = summarise(task, config, answers, seconds)
     summary |= {"model": str(model), "fingerprint": fingerprint(model)}
-    (out / "gallery.json").write_text(json.dumps(gallery(model, task, config, answers)))
     (out / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "gallery.json").write_text(json.dumps(gallery(model, task, config, answers)))
     page.write(out)
     return summary
 

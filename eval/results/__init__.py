@@ -11,6 +11,7 @@ eval.json, which `flamingo.eval.run.collect` writes and everything here reads:
                "metrics": {name: {"value": mean over seeds, "interval": [low, high],
                                   "by_seed": [float], "spread": standard deviation over seeds | null,
                                   "by_kind": {kind: {"n": int, "value": float}}}},
+               "note": why a metric has no value, only where one has none,
                "copied": share of predictions that are a shot's answer | null without shots}]}
 
 answers/<setting.slug>.<rank>.jsonl, one line per query:
