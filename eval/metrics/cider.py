@@ -51,7 +51,7 @@ def scores(pairs: Sequence[Said]) -> list[float]:
     return found
 
 
-@lru_cache(maxsize=1 << 17)
+@lru_cache(maxsize=1 << 15)  # about 6 KB each
 def grams(caption: str) -> Counter[Gram]:
     """How often each n-gram occurs."""
     tokens = words(caption)
