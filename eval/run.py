@@ -101,8 +101,9 @@ class Part:
         return choose_shots(self.task.pool, query, setting, self.task.neighbours)
 
     def _record(self, query: Example, shots: Sequence[Example], prediction: Prediction, raw: str) -> dict:
-        scores = metrics.load(self.task.benchmark.METRICS[0]).per_sample([prediction], [query])
-        benchmark = self.task.benchmark
+        benchmark, scores = self.task.benchmark, None
+        if self.task.scores_alone:
+            scores = metrics.load(benchmark.METRICS[0]).per_sample([prediction], [query])
         return {
             "id": query.id,
             "question": query.question,
@@ -116,7 +117,7 @@ class Part:
                 {"id": s.id, "image": str(s.image), "answer": benchmark.tidy(benchmark.completion(s))}
                 for s in shots
             ],
-            "score": scores[0] if scores and self.task.scores_alone else None,
+            "score": scores[0] if scores else None,
         }
 
     def _answered(
