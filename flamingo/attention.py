@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from flamingo.attention_blocks import blocks_of
 
 NAME = "plain"
+READ = 64  # queries of a part, in `read`
+_CAUSAL: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def plain_attention(
@@ -30,9 +33,9 @@ def plain_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """float[B, H, T, D] queries, float[B, K, C, D] keys and values -> float[B, T, H, D], weights
-    (of packed rows those within the blocks that are computed).
+    (of packed rows those within the blocks that are computed; None where rows are only read).
 
     attention_mask: float[B or 1, 1, T, C], added to the scores.
     """
@@ -40,21 +43,24 @@ def plain_attention(
         raise ValueError(f"attn_implementation={NAME!r} knows no {', '.join(unknown)}: choose 'eager'")
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
-    if queries == 1:  # heads that share keys are queries of one product: nothing is repeated
-        query = rearrange(query, "b (k g) 1 d -> b k g d", g=groups)
-    elif groups > 1:
-        key, value = (repeat(x, "b k c d -> b (k g) c d", g=groups) for x in (key, value))
     factor: float = width**-0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     blocks = None
     if attention_mask is not None and attention_mask.shape[2:] == (queries, key.shape[2]):
         # With a cache there are more keys than queries, and no row holds several documents.
         packed = len(attention_mask) == batch and queries == key.shape[2] and _blocks_help(queries)
         blocks = blocks_of(attention_mask) if packed else None
+        dropping = dropout > 0 and module.training
+        if blocks is None and not dropping and _only_read(query, key, value) and is_causal(attention_mask):
+            return read(query, key, value, attention_mask, factor), None
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if queries == 1:  # heads that share keys are queries of one product: nothing is repeated
+        query = rearrange(query, "b (k g) 1 d -> b k g d", g=groups)
+    elif groups > 1:
+        key, value = (repeat(x, "b k c d -> b (k g) c d", g=groups) for x in (key, value))
     if blocks is not None:
         query, key, value = (blocks.gather(x) for x in (query, key, value))
         attention_mask = blocks.mask
@@ -73,6 +79,44 @@ def plain_attention(
 def _blocks_help(queries: int) -> bool:
     """Not within torch.compile: a graph that breaks here costs more than whole rows do."""
     return queries > 1 and not torch.compiler.is_compiling()
+
+
+def _only_read(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Several tokens, without gradients."""
+    learned = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return query.shape[2] > 1 and not learned and not torch.compiler.is_compiling()
+
+
+def is_causal(mask: Tensor) -> bool:
+    """Whether no query of float[B, 1, T, C] sees a key after itself; asked once per mask, as all layers
+    of a pass get the same."""
+    if mask not in _CAUSAL:
+        queries, keys = mask.shape[2:]
+        after = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
+        _CAUSAL[mask] = not bool(((mask > torch.finfo(mask.dtype).min / 2) & after).any())
+    return _CAUSAL[mask]
+
+
+def read(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Causal attention without gradients: float[B, H, T, D], float[B, K, C, D] -> float[B, T, H, D].
+
+    Some queries at a time, with the keys up to the last of them: what nobody sees is not computed,
+    and the scores stay in the processor's cache. Heads that share keys are queries of one product.
+    """
+    groups, queries, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    query = rearrange(query * scaling, "b (k g) t d -> b k g t d", g=groups)
+    key = key.transpose(-1, -2)
+    parts = []
+    for start in range(0, queries, READ):
+        part = query[:, :, :, start : start + READ]
+        many, seen = part.shape[3], keys - queries + start + part.shape[3]
+        scores = rearrange(part, "b k g t d -> b k (g t) d") @ key[..., :seen]
+        scores = rearrange(scores, "b k (g t) c -> b k g t c", g=groups)
+        scores += mask[:, :, None, start : start + many, :seen]
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        looked = rearrange(weights, "b k g t c -> b k (g t) c") @ value[:, :, :seen]
+        parts.append(rearrange(looked, "b k (g t) d -> b t (k g) d", g=groups))
+    return torch.cat(parts, dim=1)
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -64,3 +64,48 @@ def test_a_saved_model_does_not_ask_for_it(build, tmp_path):
     attend_plainly(model.language_model)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def masked(batch: int, queries: int, keys: int, padding: int, causal: bool = True) -> torch.Tensor:
+    """float[B, 1, T, C]; the first row begins with so many padded columns."""
+    sees = torch.ones(batch, queries, keys, dtype=torch.bool)
+    if causal:
+        sees = sees.tril(keys - queries)
+    sees[0, :, :padding] = False
+    mask = torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)
+    return mask[:, None]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2, 2), (64, 64), (150, 150), (70, 200), (3, 90)])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_reading_without_gradients_gives_the_same(queries, keys, heads):
+    """Parts of the queries, with the keys up to their end: also after a cache, and with padding."""
+    drawn = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, queries, 8, generator=drawn)
+    k, v = (torch.randn(2, heads, keys, 8, generator=drawn) for _ in range(2))
+    mask = masked(2, queries, keys, padding=1)
+    with torch.no_grad():
+        found, weights = plain_attention(torch.nn.Identity(), q, k, v, mask)
+    learned, _ = plain_attention(torch.nn.Identity(), q.clone().requires_grad_(), k, v, mask)
+    assert weights is None and learned.requires_grad
+    real = slice(max(0, 1 - (keys - queries)), None)  # a padded query sees nothing: any values
+    torch.testing.assert_close(found[:, real], learned[:, real].detach(), **CLOSE)
+
+
+def test_rows_that_see_what_comes_after_are_not_cut():
+    q, k, v = (torch.randn(1, 2, 100, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = masked(1, 100, 100, padding=0, causal=False)
+    with torch.no_grad():
+        found, _ = plain_attention(torch.nn.Identity(), q, k, v, mask)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_dropout_is_done_where_nothing_is_learned():
+    q, k, v = (torch.randn(1, 2, 10, 8) for _ in range(3))
+    module, mask = torch.nn.Identity().train(), masked(1, 10, 10, padding=0)
+    with torch.no_grad():
+        one, other = (plain_attention(module, q, k, v, mask, dropout=0.5)[0] for _ in range(2))
+        assert not torch.equal(one, other)
+        calm = [plain_attention(module.eval(), q, k, v, mask, dropout=0.5)[0] for _ in range(2)]
+        assert torch.equal(*calm)
