@@ -30,9 +30,9 @@ def fails(done, *words: str) -> str:
         ("sources.captions.kind=pears", ("pears", "pairs")),
         ("sources.caption.batch=3", ("caption", "captions")),
         ("sources.captions.shards=/nowhere/*.tar", ("/nowhere/*.tar",)),
-        ("sources.captions.batch=3", ("batch", "3", "2")),
-        ("model.language=/nowhere/model", ("/nowhere/model",)),
-        ("model.vision=tim:x", ("tim", "timm")),
+        pytest.param("sources.captions.batch=3", ("batch", "3", "2"), marks=pytest.mark.slow),
+        pytest.param("model.language=/nowhere/model", ("/nowhere/model",), marks=pytest.mark.slow),
+        pytest.param("model.vision=tim:x", ("tim", "timm"), marks=pytest.mark.slow),
         ("model.architecture.latents=3", ("latents", "resampler_latents")),
     ],
 )

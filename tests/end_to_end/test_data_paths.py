@@ -18,6 +18,7 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_from_stored_features_equals_training_from_pixels(world: Path, tmp_path: Path, cli):
     vision, language = f"timm:{world / 'vision'}", world / "language"
     options = ("--vision", vision, "--language", language, "--dtype", "float32", "cross_attention_every=1")

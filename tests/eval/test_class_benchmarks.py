@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,8 @@ NAMES = {
 
 class Ranker:
     """In place of a model: the right class of all but every fourth query, which gets the next one."""
+
+    processor = SimpleNamespace(tokenizer=lambda texts, **_: {"input_ids": [t.split() for t in texts]})
 
     def rank(self, prompts, classes):
         for number, prompt in enumerate(prompts):
@@ -108,6 +111,11 @@ def test_imagenet_classes_are_ranked(tmp_path):
     assert all(len(p.scores) == len(CLASSES) for p in predictions)
     assert metrics.load("top1").per_sample(predictions, queries) == [1, 1, 1, 0, 1, 1, 1]
     assert predictions[3].text == "construction crane"  # the query is a cardigan
+    # The mean over a name's tokens: the scores of the stand-in, divided by the words of each name.
+    words = [len(name.split()) for name in NAMES.values()]
+    assert [round(s * n) for s, n in zip(predictions[0].scores, words, strict=True)].count(-4) == len(
+        words
+    ) - 1
 
 
 def test_names_of_classes_can_be_replaced(tmp_path):

@@ -127,7 +127,10 @@ def plain(step, ours_with_their_weights):
     return side.train(side.prepare(step))["losses"], sum(p.numel() for p in side.trained)
 
 
-@pytest.mark.parametrize("count", range(1, len(ours.NAMES) + 1))
+COUNTS = [*range(1, len(ours.NAMES)), pytest.param(len(ours.NAMES), marks=pytest.mark.slow)]  # it compiles
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_no_saving_changes_the_loss(step, ours_with_their_weights, plain, count):
     savings = ours.Savings.first(count)
     if savings.frozen_bfloat16:  # rounds, and this model was loaded in float32 anyway
@@ -146,6 +149,7 @@ def test_cached_pictures_are_encoded_once(step, ours_with_their_weights):
     assert losses[2] < losses[0]  # and it learns
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_a_line_for_each_side_and_a_table(options, monkeypatch, capsys):
     monkeypatch.setattr(train, "Worker", InThisProcess)
     given = ["opponent", "--language", options.language, "--vision", options.vision, "--every", "2"]

@@ -103,6 +103,7 @@ class Pids(Dataset):
         return os.getpid()
 
 
+@pytest.mark.slow  # by itself: threads that libraries of other tests leave in the worker take its signals
 def test_the_loaders_processes_outlive_a_signal_to_the_whole_job_and_end_with_their_rank():
     steps = step_loader(Pids(), 0, 40, workers=1)  # type: ignore[arg-type]
     worker = next(steps)
