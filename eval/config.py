@@ -76,7 +76,8 @@ class EvalConfig(BaseModel):
         shots = self.control_shots or next((n for n in self.shots if n > 1), None)
         found: list[tuple[int, Control, int | None]] = [(self.shots[0], "blank", limit)]
         if shots is not None:
-            found += [(shots, "text_only_shots", limit), (shots, "shuffled_shots", limit)]
+            found.append((shots, "text_only_shots", limit))
+            found.append((shots, "shuffled_shots", limit))
         return found
 
 
