@@ -14,7 +14,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from flamingo.eval.config import EvalConfig
@@ -22,6 +21,7 @@ from flamingo.eval.few_shot import Prompt, Setting, build
 from flamingo.eval.predictor import Predictor
 from flamingo.eval.run import check_complete
 from flamingo.eval.task import Task
+from flamingo.looking import token_maps, word_maps
 
 COUNT, WITH_SHOTS = 24, 8  # entries of a setting without shots, and of one with shots
 SIDE, SHOT_SIDE = 256, 128  # pixels of the longer side of an embedded picture, and of a shot's, at most
@@ -76,7 +76,8 @@ def _entry(
 ) -> dict[str, Any]:
     query = prompt.example
     if task.classes:
-        words = [{"word": record["prediction"], "map": _maps(predictor, prompt, [])[-1].tolist()}]
+        maps = token_maps(predictor.model, *_asked(predictor, prompt, []))
+        words = [{"word": record["prediction"], "map": _last(maps[-1]).tolist()}]
     else:
         words = looks(predictor, prompt, record["raw"])
         words = words[: max(1, len(record["prediction"].split()))]  # without what was tidied away
@@ -111,38 +112,23 @@ def embedded(image: Path, side: int = SIDE) -> str:
 
 
 def looks(predictor: Predictor, prompt: Prompt, said: str) -> list[dict[str, Any]]:
-    """Per word of what the model said, as it was generated, its map over the query's picture.
-
-    A word of several tokens has the mean of their maps: {"word": str, "map": rows x columns floats that
-    sum to 1}. A token's map is that of the position that chose it.
-    """
+    """Per word of what the model said, as it was generated, its map over the query's picture:
+    {"word": str, "map": rows x columns floats that sum to 1}."""
     tokenizer = predictor.processor.tokenizer  # type: ignore[attr-defined]
     ids = tokenizer(said, add_special_tokens=False)["input_ids"] if said.strip() else []
-    maps = _maps(predictor, prompt, ids)
-    words: list[tuple[str, list[Tensor]]] = []
-    before = ""
-    for place in range(len(ids)):  # the text so far, since a token alone may lose its blank
-        now = tokenizer.decode(ids[: place + 1])
-        piece, before = now[len(before) :], now
-        if not words or (piece[:1].isspace() and words[-1][0].strip()):
-            words.append((piece, [maps[place]]))
-        else:
-            words[-1] = (words[-1][0] + piece, [*words[-1][1], maps[place]])
-    return [{"word": word.strip(), "map": torch.stack(grids).mean(0).tolist()} for word, grids in words]
+    words = word_maps(predictor.model, tokenizer, *_asked(predictor, prompt, ids))
+    return [{"word": word.word, "map": _last(word.maps).tolist()} for word in words]
 
 
-@torch.inference_mode()
-def _maps(predictor: Predictor, prompt: Prompt, answer: Sequence[int]) -> Tensor:
-    """float32[1 + len(answer), rows, columns]: where on the query's picture the prompt's last token and
-    each token of the answer looked."""
-    model, tokenizer = predictor.model, predictor.processor.tokenizer  # type: ignore[attr-defined]
+def _asked(predictor: Predictor, prompt: Prompt, answer: Sequence[int]) -> tuple[Any, Any, Tensor]:
+    """The prompt's token ids, the answer's, and float[N, 3, S, S] of all its pictures."""
+    tokenizer = predictor.processor.tokenizer  # type: ignore[attr-defined]
     asked = tokenizer(prompt.prefix + prompt.text, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([[*asked, *answer]], device=model.device)
     images = (*prompt.prefix_images, *prompt.images)
-    pixels = torch.stack([predictor.pixels(image) for image in images]).to(model.device)
-    maps = model.attention_maps(ids, pixels)[0, len(asked) - 1 :]  # [T, G], or [T, N, G] over all images
-    if maps.ndim == 3:
-        maps = maps[:, -1]
-        maps = maps / maps.sum(-1, keepdim=True).clamp(min=1e-12)
-    rows, _ = model.grid_shape(pixels)
-    return rearrange(maps, "t (h w) -> t h w", h=rows).float().cpu()
+    pixels = torch.stack([predictor.pixels(image) for image in images])
+    return asked, answer, pixels.to(predictor.model.device)
+
+
+def _last(maps: Tensor) -> Tensor:
+    """float32[h, w] that sum to 1, of float32[N, h, w]: over the query's picture alone."""
+    return maps[-1] / maps[-1].sum().clamp(min=1e-12)

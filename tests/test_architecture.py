@@ -41,6 +41,7 @@ OWNERS = {
     "faiss": {"flamingo.eval.retrieval.search"},
     "pymilvus": {"flamingo.eval.retrieval.milvus"},
     "milvus_lite": {"flamingo.eval.retrieval.milvus"},
+    "gradio": {"flamingo.serving.demo.page"},
 }
 
 
@@ -107,6 +108,10 @@ def broken_rules(module: str, imported: str) -> Iterator[str]:
         yield "data never imports the model"
     if layer == "data" and other in ("train", "eval"):
         yield "data knows neither training nor evaluation"
+    if other == "serving" and layer not in ("serving", "cli"):
+        yield "only the command line knows serving"
+    if layer == "serving" and other in ("train", "eval"):
+        yield "serving knows neither training nor evaluation"
     if layer == "eval" and other == "train":
         yield "train and eval never import each other"
     if layer == "train" and other == "eval" and module != "flamingo.train.__main__":
