@@ -1,4 +1,4 @@
-"""A run's report: one page to read (report.html) and its figures (report.json).
+"""A run's report: one page to read (report.html), its figures (report.json) and a picture (example.png).
 
 Reads the files that training and evaluation left in a run's folder; needs neither of the two, nor
 a model. What was not measured is said to be so, never left out.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flamingo.eval import charts, findings, page
+from flamingo.eval import charts, example, findings, page
 
 # The settings that a report tells of: key in report.json -> (shots, control) in eval.json.
 SETTINGS = {
@@ -38,7 +38,7 @@ def write_report(run: Path) -> Path:
     """Write report.html and report.json into the folder `run`; returns the page's path.
 
     Needs metrics.jsonl and train.json; takes recipe.yaml, eval.json, gallery.json and timing.json
-    where they are there.
+    where they are there. With a gallery, example.png is a strip of four entries without shots.
 
     Raises:
         ValueError: a file is missing or damaged; says which, and what to do.
@@ -52,6 +52,7 @@ def write_report(run: Path) -> Path:
     html = page.render(report, records, gallery, recipe, recipe_text)
     (run / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     (run / "report.html").write_text(html, encoding="utf-8")
+    example.write_example(run / example.NAME, [e for e in gallery if e["setting"] == "0-shot"])
     return run / "report.html"
 
 
