@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from flamingo.attention_blocks import blocks_of
+from flamingo.attention_blocks import Blocks, blocks_of
 
 NAME = "plain"
 READ = 64  # queries of a part, in `read`
@@ -50,8 +50,8 @@ def plain_attention(
     blocks = None
     if attention_mask is not None and attention_mask.shape[2:] == (queries, key.shape[2]):
         # With a cache there are more keys than queries, and no row holds several documents.
-        packed = len(attention_mask) == batch and queries == key.shape[2] and _blocks_help(queries)
-        blocks = blocks_of(attention_mask) if packed else None
+        packed = len(attention_mask) == batch and queries == key.shape[2] and queries > 1
+        blocks = _blocks(attention_mask) if packed else None
         dropping = dropout > 0 and module.training
         if blocks is None and not dropping and _only_read(query, key, value) and is_causal(attention_mask):
             return read(query, key, value, attention_mask, factor), None
@@ -76,9 +76,17 @@ def plain_attention(
     return rearrange(out, "b h t d -> b t h d").contiguous(), weights
 
 
-def _blocks_help(queries: int) -> bool:
-    """Not within torch.compile: a graph that breaks here costs more than whole rows do."""
-    return queries > 1 and not torch.compiler.is_compiling()
+def _blocks(mask: Tensor) -> Blocks | None:
+    """Within torch.compile those that the mask brings with it: finding them would break the graph."""
+    return getattr(mask, "blocks", None) if torch.compiler.is_compiling() else blocks_of(mask)
+
+
+def mask_with_blocks(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that is added to the scores; of rows that are learned from, with its blocks."""
+    mask = eager_mask(*args, **kwargs)
+    if mask is not None and torch.is_grad_enabled() and mask.shape[2] == mask.shape[3] > 1:
+        mask.blocks = blocks_of(mask)  # type: ignore[attr-defined]
+    return mask
 
 
 def _only_read(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -163,5 +171,5 @@ def attend_plainly(language_model: Any) -> None:
     if not language_model._can_set_attn_implementation():
         return
     AttentionInterface.register(NAME, plain_attention)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionMaskInterface.register(NAME, mask_with_blocks)
     language_model.set_attn_implementation(NAME)

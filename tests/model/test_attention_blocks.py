@@ -6,7 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from flamingo.attention import plain_attention
+from flamingo.attention import attend_plainly, plain_attention
 from flamingo.attention_blocks import blocks_of
 
 LOWEST = torch.finfo(torch.float32).min
@@ -70,3 +70,33 @@ def test_a_mask_that_lets_documents_see_each_other_is_not_cut():
     mask = mask_of([[4, 4, 4]])
     mask[0, 0, 11, 0] = 0.0  # the last token sees the first
     assert blocks_of(mask) is None
+
+
+def test_a_compiled_layer_takes_the_blocks_that_its_mask_brings():
+    """One graph, without a break, for masks of other lengths too."""
+    torch.manual_seed(0)
+    layer = torch.compile(plain_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    for documents in ([[5, 4, 3, 5, 7]], [[9, 2, 7, 6], [4, 5, 6, 9]], [[8, 8, 8, 8]]):
+        mask = mask_of(documents)
+        mask.blocks = blocks_of(mask)  # type: ignore[attr-defined]
+        q = torch.randn(len(documents), 4, mask.shape[-1], 8, requires_grad=True)
+        k, v = (torch.randn(len(documents), 2, mask.shape[-1], 8, requires_grad=True) for _ in range(2))
+        ours, weights = layer(torch.nn.Identity(), q, k, v, mask)
+        assert weights.shape[-1] == max(map(max, documents))  # of blocks, not of whole rows
+        torch.testing.assert_close(ours, whole(q, k, v, mask), atol=1e-6, rtol=1e-5)
+
+
+def test_masks_of_rows_that_are_learned_from_bring_their_blocks(build):
+    model = build()
+    attend_plainly(model.language_model)
+    brought = []
+    layer = model.language_model.model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: brought.append(getattr(kwargs["attention_mask"], "blocks", None)),
+        with_kwargs=True,
+    )
+    ids = torch.randint(3, 20, (1, 12))
+    model(ids, segment_ids=torch.tensor([[0] * 4 + [1] * 4 + [2] * 4]))
+    with torch.no_grad():
+        model(ids, segment_ids=torch.tensor([[0] * 4 + [1] * 4 + [2] * 4]))
+    assert brought[0].tokens.shape == (3, 4) and brought[1] is None
