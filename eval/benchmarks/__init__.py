@@ -96,7 +96,9 @@ def load(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"benchmark {name!r} cannot be imported: {error}") from None
+        raise ValueError(
+            f"benchmark {name!r} cannot be imported: {error}; name the folder that it lies in with PYTHONPATH"
+        ) from None
     if lacking := [n for n in f"{NEEDED} {CALLED}".split() if not hasattr(module, n)]:
         raise ValueError(f"benchmark {name!r} lacks {', '.join(lacking)}: see flamingo/eval/benchmarks")
     return module

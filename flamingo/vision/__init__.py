@@ -30,9 +30,23 @@ def source(name: str) -> ModuleType:
     """The module of a source. Raises ValueError, naming the choices, when there is none."""
     if name in sources():
         return importlib.import_module(f"{__name__}.{name}")
-    if "." in name:
-        return importlib.import_module(name)
-    raise ValueError(f"vision source {name!r}: choose one of {', '.join(sources())}")
+    if "." not in name:
+        raise ValueError(
+            f"vision source {name!r}: choose one of {', '.join(sources())}, or name a module: my.module"
+        )
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        raise ValueError(
+            f"vision source {name!r}: there is no module {error.name!r}; name the folder that it lies in "
+            f"with PYTHONPATH. The sources of this package are {', '.join(sources())}"
+        ) from None
+    functions = ("describe", "build", "load")
+    if lacking := [part for part in functions if not callable(getattr(module, part, None))]:
+        raise ValueError(f"vision source {name!r} lacks {', '.join(lacking)}: see flamingo/vision")
+    return module
 
 
 _DEVICE: ContextVar[str] = ContextVar("device that encoders are built on", default="cpu")

@@ -176,6 +176,7 @@ def test_a_source_may_live_outside_the_package(tmp_path, monkeypatch):
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab" / "encoders.py").write_text(
         "import torch\ndef build(config):\n    return torch.nn.Linear(config.width, 1)\n"
+        "def describe(name): ...\ndef load(module, name): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     config = FlamingoVisionConfig(source="my_lab.encoders", name="own", width=7)
@@ -285,6 +286,15 @@ def test_weights_of_timm_of_another_size_have_their_positions_resized(tmp_path):
 def test_what_timm_cannot_build_is_refused(name, fields, message):
     with pytest.raises(ValueError, match=message):
         vision.source("timm").describe(name, **fields)
+
+
+def test_a_source_outside_the_package_that_cannot_be_used_is_refused():
+    with pytest.raises(ValueError, match="choose one of .*timm.*or name a module"):
+        vision.source("tim")
+    with pytest.raises(ValueError, match=r"no module 'nobodys'.*PYTHONPATH.*open_clip, timm"):
+        vision.source("nobodys.encoders")
+    with pytest.raises(ValueError, match="'flamingo.config' lacks describe, build, load"):
+        vision.source("flamingo.config")
 
 
 # -- options reach the source through `flamingo.create` -----------------------------------------

@@ -60,8 +60,8 @@ def load_kind(name: str) -> ModuleType:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not
         raise ValueError(
-            f"kind {name!r}: there is no module {error.name!r}; "
-            f"the kinds of this package are {', '.join(kind_names())}"
+            f"kind {name!r}: there is no module {error.name!r}; name the folder that it lies in with "
+            f"PYTHONPATH. The kinds of this package are {', '.join(kind_names())}"
         ) from error
     if not callable(getattr(module, "read", None)):
         raise ValueError(f"kind {name!r}: the module has no function read(sample, key)")
