@@ -78,13 +78,14 @@ def run(
 
 
 def _run(model: Path, out: Path, given: dict[str, Any], processes: int | None, overwrite: bool) -> dict:
+    from flamingo.runtime import quiet_libraries
+
+    quiet_libraries()  # first: what is imported below brings the libraries in
     import pydantic
 
     from flamingo.eval.config import EvalConfig, explained
     from flamingo.eval.session import evaluate
-    from flamingo.runtime import quiet_libraries
 
-    quiet_libraries()
     try:
         config = EvalConfig(**{name: given[name] for name in EvalConfig.model_fields if name in given})
     except pydantic.ValidationError as error:
@@ -158,10 +159,11 @@ def index(
     Vectors are kept by content: interrupted, it goes on; with new data, only
     what is new is computed. FLAMINGO_MILVUS_TOKEN is the token of a Milvus.
     """
-    from flamingo.eval.retrieval import build_index
     from flamingo.runtime import quiet_libraries, tune_cpu
 
     quiet_libraries()
+    from flamingo.eval.retrieval import build_index
+
     tune_cpu()
     with plain_errors():
         address, made = build_index(benchmark, data, out, encoder, similarity, pool, rebuild)

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 NAMED = re.compile(r"# (?P<name>[\w./-]+\.(?:py|yaml))\n")
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: [kMB]\b)?")
 SECONDS = 240
 
 
