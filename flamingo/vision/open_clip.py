@@ -8,6 +8,9 @@ N images, H, W pixels, E channels, G grid positions.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
 from pickle import UnpicklingError
@@ -54,7 +57,8 @@ class OpenClipEncoder(nn.Module):
             if "vision_cfg" in fields:
                 self.fields["vision_cfg"] = {**fields["vision_cfg"], "image_size": image_size}
         device = torch.get_default_device()
-        clip: Any = open_clip.create_model(name, device=device, **{"text_cfg": NO_TEXT, **self.fields})
+        with _weights_come_later():
+            clip: Any = open_clip.create_model(name, device=device, **{"text_cfg": NO_TEXT, **self.fields})
         self.model = clip.visual
         if final_norm and not _has_final_norm(self.model):
             raise ValueError(
@@ -137,6 +141,21 @@ def load(encoder: nn.Module, name: str) -> None:
     except (RuntimeError, OSError, ValueError, UnpicklingError) as error:
         raise ValueError(f"open_clip:{name}: no weights could be read: {error}") from error
     encoder.model.load_state_dict(clip.visual.state_dict())
+
+
+@contextmanager
+def _weights_come_later() -> Iterator[None]:
+    """Within this `with`, open_clip does not warn that a model has random weights."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    root = logging.getLogger()
+    root.addFilter(other)
+    try:
+        yield
+    finally:
+        root.removeFilter(other)
 
 
 def _architecture(name: str) -> dict:

@@ -41,6 +41,14 @@ def test_the_activation_is_the_one_that_the_weights_were_trained_with(name, acti
     assert activations(vision.build(small)) == {activation}
 
 
+def test_nobody_is_told_of_random_weights_that_others_replace(caplog):
+    with caplog.at_level("WARNING"):
+        vision.build(vision.source("open_clip").describe("ViT-B-32", **TINY_CLIP))
+        open_clip.create_model("ViT-B-32", **TINY_CLIP)
+    said = [record.getMessage() for record in caplog.records if "No pretrained" in record.getMessage()]
+    assert len(said) == 1  # that of the second
+
+
 def test_the_activation_can_be_chosen():
     for quick, name in ((True, "QuickGELU"), (False, "GELU")):
         config = vision.source("open_clip").describe("ViT-L-14/openai", quick_gelu=quick, **TINY_CLIP)
