@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 NAMED = re.compile(r"# (?P<name>[\w./-]+\.(?:py|yaml))\n")
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: [kMB]\b)?")
+NUMBER = re.compile(r"(?:(?<=[\s(])[-+])?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: [kMB]\b)?")
 SECONDS = 240
 
 
@@ -103,7 +103,7 @@ class Walk:
             code = code.replace(part, other)
         named = NAMED.match(code)
         if block.language == "text":
-            lines = [line for line in block.code.splitlines() if line.strip() and line not in self.answers]
+            lines = [line for line in code.splitlines() if line.strip() and line not in self.answers]
             missing = [line for line in lines if not said(line, self.output)]
             assert not missing, f"{where}: was not said: {missing}\nbut:\n{self.output}"
         elif named and block.language in ("python", "yaml"):
