@@ -93,7 +93,7 @@ class Fusion:
             out = model.language_model(
                 input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=True
             )
-        whole = sum(layer.float().mean(dim=1) for layer in out.attentions)  # [B, T, T]
+        whole = torch.stack([layer.float().mean(dim=1) for layer in out.attentions]).sum(dim=0)  # [B, T, T]
         images, vectors = places.shape[:2]
         looked = whole.new_zeros(*ids.shape, images * vectors)
         is_image = ids == self.token
