@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from flamingo.cross_attention import Media
 from flamingo.data.transforms import decode_image
 from flamingo.modeling import FlamingoForConditionalGeneration
 
@@ -61,20 +62,18 @@ class Images:
         self.encoded = 0  # pictures that went through the encoder so far
         self._latents: OrderedDict[Picture, Tensor] = OrderedDict()
         self._places: OrderedDict[Picture, int] = OrderedDict()  # rows of the table
-        self._media: Media | None = None
+        self._media: Any = None
 
     @property
-    def media(self) -> Media | None:
-        """The table: keys, values float[C, H, L, D] of each block; None before the first picture."""
+    def media(self) -> Any:
+        """The table: of C pictures what `model.media` gives; None before the first picture."""
         return self._media
 
     @property
     def room(self) -> int:
         """How many pictures' keys and values fit in memory."""
-        config, blocks = self.model.config, self.model.gated_blocks
-        values = 2 * config.resampler_latents * config.cross_attention_heads * config.cross_attention_head_dim
-        size: int = blocks[0].attn_gate.element_size()  # type: ignore[union-attr,operator]
-        return max(1, int(self.bytes * (1 - LATENTS_SHARE) / (values * size * len(blocks))))
+        size = next(self.model.resampler.parameters()).element_size()
+        return max(1, int(self.bytes * (1 - LATENTS_SHARE) / (size * self.model.image_values)))
 
     def latents(self, images: Sequence[Picture]) -> Tensor:
         """float[N, L, W] of the pictures, in order."""
@@ -91,7 +90,8 @@ class Images:
         return torch.stack([held[image] for image in images])
 
     def places(self, images: Sequence[Picture]) -> Tensor:
-        """int64[N]: where in the table each picture's keys and values are now."""
+        """int64[N]: where in the table each picture's keys and values are now; of a picture of L
+        <image> tokens where each token's vector is, int64[N * L]."""
         wanted = dict.fromkeys(images)
         for image in wanted:
             if image in self._places:
@@ -105,20 +105,23 @@ class Images:
             part = new[start : start + ENCODE_CHUNK]
             self._write(part, self.model.media(latents=self.latents(part)), size, room)
         places = [self._places[image] for image in images]
-        return torch.tensor(places, dtype=torch.int64, device=self.model.device)
+        each = self.model.image_tokens  # rows of the table that a picture has
+        found = torch.tensor(places, dtype=torch.int64, device=self.model.device)
+        rows = rearrange(found * each, "n -> n 1") + torch.arange(each, device=found.device)
+        return rearrange(rows, "n l -> (n l)")
 
-    def _write(self, images: list[Picture], media: Media, size: int, room: int) -> None:
+    def _write(self, images: list[Picture], media: Any, size: int, room: int) -> None:
         """Into free rows of the table, which is made larger where it has not `size` rows."""
-        held = 0 if self._media is None else len(self._media)
+        held = 0 if self._media is None else len(self._media.tables[0])
         if size > held:
             self._media = _table(media, self._media, min(room, max(2 * held, size)))
         assert self._media is not None
         taken = set(self._places.values())
-        free = (place for place in range(len(self._media)) if place not in taken)
+        free = (place for place in range(len(self._media.tables[0])) if place not in taken)
         for image in images:
             self._places[image] = next(free)
         index = torch.tensor([self._places[image] for image in images], device=self.model.device)
-        for new, table in zip((*media.keys, *media.values), (*self._media.keys, *self._media.values)):
+        for new, table in zip(media.tables, self._media.tables, strict=True):
             table[index] = new
 
     def _encode(self, images: list[Picture]) -> Iterator[tuple[Picture, Tensor]]:
@@ -146,13 +149,9 @@ class Images:
                 yield part, torch.stack([task.result() for task in tasks])
 
 
-def _table(like: Media, before: Media | None, size: int) -> Media:
-    """Room for `size` pictures, the first of them as before; latents are not kept here."""
-    grown = []
-    for name in ("keys", "values"):
-        tensors = [x.new_empty(size, *x.shape[1:]) for x in getattr(like, name)]
-        for tensor, old in zip(tensors, getattr(before, name, ()), strict=False):
-            tensor[: len(old)] = old
-        grown.append(tuple(tensors))
-    keys, values = grown
-    return Media(keys, values, like.latents.new_empty(size, 0))
+def _table(like: Any, before: Any, size: int) -> Any:
+    """Room for `size` pictures, the first of them as before."""
+    grown = tuple(x.new_empty(size, *x.shape[1:]) for x in like.tables)
+    for tensor, old in zip(grown, () if before is None else before.tables, strict=False):
+        tensor[: len(old)] = old
+    return like.of_tables(grown)

@@ -227,11 +227,14 @@ class Predictor:
     def _tokens(self, texts: Iterable[str]) -> dict[str, list[int]]:
         texts = list(texts)
         tokenizer = self.processor.tokenizer  # type: ignore[attr-defined]
-        return dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        image, each = self.model.config.image_token_id, self.model.image_tokens
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        long = [[i for i in ids for _ in range(each if i == image else 1)] for ids in rows]
+        return dict(zip(texts, long, strict=True))
 
     def _check(self, row: Row, further: int) -> None:
         name = row.owners[0].example.id
-        marks = row.ids.count(self.model.config.image_token_id)
+        marks = row.ids.count(self.model.config.image_token_id) // self.model.image_tokens
         if marks != len(row.images):
             raise ValueError(
                 f"the prompt of {name!r} has {marks} {IMAGE} and {len(row.images)} pictures: "

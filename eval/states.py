@@ -115,7 +115,7 @@ class State:
             assert images.media is not None
             if self.since is None:  # a token sees one picture: its number in the table will do
                 self.media = images.media
-                self.seen = torch.where(self.seen >= 0, places[self.seen], -1)
+                self.seen = torch.where(self.seen >= 0, places[self.seen.clamp_min(0)], -1)
             else:  # a row's pictures are a range of numbers
                 self.media = images.media.pick(places)
         self.cache: Any = shared.cache() if shared else DynamicCache() if plain_cache else None

@@ -15,6 +15,8 @@ CHOICES = {
     "cross_attention_qk_norm": ("none", "layer", "rms"),
     "attend_to": ("immediate", "previous"),
     "gate_shape": ("scalar", "channel"),
+    "connector_norm": ("none", "layer", "rms"),
+    "connector_activation": ("gelu", "relu", "squared_relu"),
 }
 
 ADDED_TOKENS = ("<|endofchunk|>", "<image>")  # the order of released OpenFlamingo tokenizers
@@ -59,6 +61,12 @@ class FlamingoConfig(PreTrainedConfig):
     `cross_attention_scale`: one factor per block for all that it adds; None: 1, as in the paper.
     `flamingo.create` sets it to the size of the LM's residual stream at the block, which in an LM
     of today grows a hundredfold from the first layer to the last.
+    Other ways to join sight and language: `connector` makes the grid into vectors ("perceiver", "linear",
+    "mlp", "pool", see `flamingo/connectors/`), `fusion` brings them into the LM ("cross_attention", or
+    "prefix": they stand in the LM's input in the place of `<image>`, see `flamingo/fusions/`).
+    `connector_norm` of the grid and `connector_activation` are those of "linear", "mlp" and "pool",
+    `connector_grid` the (rows, columns) that "pool" leaves. `connector_scale`: a factor for the vectors of
+    "prefix", which `flamingo.create` sets to the size of the LM's embeddings.
     Added tokens: `added_tokens` of them from id `first_added_token_id` on, among them the two that
     the model must know.
 
@@ -70,6 +78,13 @@ class FlamingoConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
+
+    connector: str = "perceiver"
+    connector_norm: str = "layer"
+    connector_activation: str = "gelu"
+    connector_grid: list[int] | tuple[int, ...] = (4, 4)
+    connector_scale: float = 1.0
+    fusion: str = "cross_attention"
 
     resampler_depth: int = 6
     resampler_width: int | None = None
@@ -121,7 +136,9 @@ class FlamingoConfig(PreTrainedConfig):
 
     @property
     def block_positions(self) -> list[int]:
-        """LM layers that get a gated block before them, ascending."""
+        """LM layers that get a gated block before them, ascending; none where nothing is gated."""
+        if self.fusion != "cross_attention":
+            return []
         layers = self.get_text_config().num_hidden_layers
         if self.cross_attention_layers is not None:
             return sorted(self.cross_attention_layers)
@@ -148,7 +165,13 @@ class FlamingoConfig(PreTrainedConfig):
                 f"cross_attention_offset={self.cross_attention_offset}: must be at least 0 and "
                 f"below cross_attention_every={self.cross_attention_every}"
             )
-        if self.text_config is not None:  # transformers builds an empty config to find the defaults
+        few = self.connector_grid
+        if len(few) != 2 or not all(isinstance(n, int) and n > 0 for n in few):
+            raise ValueError(f"connector_grid={list(few)}: must be rows and columns, two numbers above 0")
+        if self.connector_scale <= 0:
+            raise ValueError(f"connector_scale={self.connector_scale}: must be above 0")
+        # transformers builds an empty config to find the defaults.
+        if self.fusion == "cross_attention" and self.text_config is not None:
             self._check_blocks()
 
     def _check_blocks(self):

@@ -37,6 +37,16 @@ class Media:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """What a token reads of an image: tensors whose first dimension counts images."""
+        return (*self.keys, *self.values)
+
+    def of_tables(self, tables: tuple[Tensor, ...]) -> Media:
+        """The same of other tensors, in the order of `tables`; latents are not kept."""
+        half = len(self.keys)
+        return Media(tables[:half], tables[half:], self.latents.new_empty(len(tables[0]), 0))
+
     def pick(self, index: Tensor) -> Media:
         """The images of int64[M], in that order; one may come several times."""
         keys, values = (tuple(x[index] for x in per_block) for per_block in (self.keys, self.values))

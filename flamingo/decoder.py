@@ -95,10 +95,12 @@ class AddedTokens(nn.Module):
 class Conditioning:
     """What the hooks of one forward pass read, and what they record."""
 
-    runs: Runs
+    runs: Runs | None
     media: Media | None
     keep: Tensor | None = None  # bool[B, T]: positions whose logits are wanted (None: all)
     record: dict[int, Tensor] | None = None  # block -> attention weights, when asked for
+    image_token: int = -1
+    vectors: Tensor | None = None  # float[K, W]: what stands for the K <image> tokens, row by row
 
 
 class Decoder:
@@ -156,12 +158,16 @@ class Decoder:
         places = is_added.nonzero(as_tuple=True)
         # Some tables scale what they give (Gemma): an added row is treated like a word's.
         rows = self.added(ids[places] - self.first_added) * getattr(module, "embed_scale", 1.0)
-        return output.index_put(places, rows.to(output.dtype))
+        output = output.index_put(places, rows.to(output.dtype))
+        if self.slot.vectors is None:
+            return output
+        places = (ids == self.slot.image_token).nonzero(as_tuple=True)
+        return output.index_put(places, self.slot.vectors.to(output.dtype))
 
     def _block_hook(self, index: int, layer, args, kwargs):
         """Block `index` on what goes into a layer: float[B, T, W]."""
         slot = self.slot
-        if slot is None:
+        if slot is None or slot.runs is None:
             return None
         by_name = not args
         hidden = kwargs["hidden_states"] if by_name else args[0]

@@ -39,7 +39,8 @@ def create(
     parts; seed: for the new parts; gathered: where the language model is loaded in pieces over the
     ranks of a group (DeepSpeed's ZeRO-3), which is up to the caller; architecture: fields of
     `FlamingoConfig`. What the gated blocks add is scaled to the LM's residual stream, measured
-    here (`cross_attention_scale=None` leaves it out, as in the paper).
+    here (`cross_attention_scale=None` leaves it out, as in the paper); with `fusion="prefix"` the vectors
+    are scaled to its embeddings (`connector_scale=1.0` leaves them as they are).
 
     Raises ValueError for an unknown source, name, option or field.
     """
@@ -69,8 +70,10 @@ def create(
         image_token_id=first_added + 1,
         **architecture,
     )
-    if "cross_attention_scale" not in architecture:
+    if config.block_positions and "cross_attention_scale" not in architecture:
         config.cross_attention_scale = _residual_scale(language_model, tokenizer, config, gathered)
+    if not config.block_positions and "connector_scale" not in architecture:
+        config.connector_scale = _embedding_scale(language_model, gathered)
     torch.manual_seed(seed)
     model = FlamingoForConditionalGeneration(config, language_model)
     source.load(model.vision_encoder, name)
@@ -106,6 +109,15 @@ def _residual_scale(
     with _whole_while_used(language_model, gathered) if gathered else nullcontext():
         sizes = residual_rms(language_model, rows)
     return [float(f"{max(sizes[i], 1e-3):.3g}") for i in config.block_positions]
+
+
+@torch.no_grad()
+def _embedding_scale(language_model: Any, gathered: Gathered | None) -> float:
+    """How large a word's embedding is as the first layer gets it: median root mean square."""
+    table = language_model.get_input_embeddings()
+    with gathered([table.weight]) if gathered else nullcontext():
+        sizes = table.weight.float().square().mean(dim=1).sqrt()
+    return float(f"{max(float(sizes.median()) * float(getattr(table, 'embed_scale', 1.0)), 1e-4):.3g}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from flamingo.cache import SightLayer
-from flamingo.cross_attention import Media
+from flamingo.expansion import contract
 from flamingo.media import sight
 
 
@@ -24,12 +24,14 @@ from flamingo.media import sight
 class Prefix:
     """A few-shot prompt that many queries share, computed once (`model.prefix`).
 
-    input_ids: int64[1, P]; media: its images; states: per LM layer keys, values float[1, H, P, D].
+    input_ids: int64[1, P], as the LM reads it; short: int64[1, T], with one token an image; media: its
+    images; states: per LM layer keys, values float[1, H, P, D].
     Never changed: what generation adds, it adds to copies.
     """
 
     input_ids: Tensor
-    media: Media | None
+    short: Tensor
+    media: Any
     states: tuple[tuple[Tensor, Tensor], ...]
 
     def __len__(self) -> int:
@@ -67,6 +69,16 @@ class FlamingoGeneration(GenerationMixin):
         with torch.no_grad():
             if media is None and pixel_values is not None and len(pixel_values):
                 media = model.media(pixel_values=pixel_values, frames=frames)
+        short = (
+            input_ids
+            if prefix is None
+            else torch.cat((prefix.short.expand(len(input_ids), -1), input_ids), 1)
+        )
+        if model.is_short(input_ids, media) or (prefix is not None and model.image_tokens > 1):
+            long = model.expand(input_ids, kwargs.get("attention_mask"))
+            if bool((long.attention_mask[:, -1] == 0).any()):
+                raise ValueError("attention_mask: rows to be continued are padded on the left")
+            input_ids, kwargs["attention_mask"] = long.input_ids, long.attention_mask
         seen, since = model.sight(input_ids, media)
         if prefix is not None:
             input_ids, seen, since, media = self._after(prefix, input_ids, media, kwargs)
@@ -75,9 +87,24 @@ class FlamingoGeneration(GenerationMixin):
         kwargs.setdefault("eos_token_id", self._stop_tokens(kwargs.get("generation_config")))
         suppressed = list(kwargs.pop("suppress_tokens", None) or [])
         suppressed.append(model.config.image_token_id)
-        return super().generate(  # type: ignore[misc]
+        out = super().generate(  # type: ignore[misc]
             input_ids, media=media, seen=seen, suppress_tokens=suppressed, **kwargs
         )
+        return out if short.shape == input_ids.shape else self._as_asked(out, input_ids, short)
+
+    def _as_asked(self, out: Any, read: Tensor, asked: Tensor) -> Any:
+        """What was generated, behind rows with one <image> token an image, int64[B, T], as they were
+        asked, instead of int64[B, X], as the LM read them."""
+        model: Any = self
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        length = asked.shape[1] + sequences.shape[1] - read.shape[1]
+        pad = self.generation_config.pad_token_id or 0  # type: ignore[attr-defined]
+        token = model.config.image_token_id
+        sequences = contract(sequences, token, model.image_tokens, length, pad)
+        if isinstance(out, Tensor):
+            return sequences
+        out.sequences = sequences
+        return out
 
     @torch.no_grad()
     def prefix(self, input_ids: Tensor, pixel_values: Tensor | None = None, frames=None) -> Prefix:
@@ -95,14 +122,17 @@ class FlamingoGeneration(GenerationMixin):
         media = None
         if pixel_values is not None and len(pixel_values):
             media = model.media(pixel_values=pixel_values, frames=frames)
+        short = input_ids
+        if model.is_short(input_ids, media):
+            input_ids = model.expand(input_ids).input_ids
         # Without the LM's config all layers keep all tokens, also those with a sliding window: a
         # row whose query is short has its last tokens of the prefix computed again.
         cache = DynamicCache()
         model(input_ids=input_ids, media=media, logits_to_keep=1, use_cache=True, cache=cache)
         layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, SightLayer)]
-        return Prefix(input_ids, media, tuple((layer.keys, layer.values) for layer in layers))
+        return Prefix(input_ids, short, media, tuple((layer.keys, layer.values) for layer in layers))
 
-    def _after(self, prefix: Prefix, input_ids: Tensor, media: Media | None, kwargs: dict) -> tuple:
+    def _after(self, prefix: Prefix, input_ids: Tensor, media: Any, kwargs: dict) -> tuple:
         """(input_ids, seen, since, media) of the whole rows: padding, prefix, query.
 
         So they are as if there were no cache, which holds all columns but the last ones: LMs that
@@ -133,7 +163,7 @@ class FlamingoGeneration(GenerationMixin):
             return whole, seen, since, media.pick(numbers)
         return whole, torch.where(seen >= 0, numbers[seen], -1), None, media
 
-    def _shared(self, prefix: Prefix, input_ids: Tensor, media: Media | None) -> tuple:
+    def _shared(self, prefix: Prefix, input_ids: Tensor, media: Any) -> tuple:
         """The prefix's images and then the rows' own, and where among them the images of all rows
         are, int64[N], were the prefix's to stand in each row."""
         model: Any = self
@@ -142,7 +172,8 @@ class FlamingoGeneration(GenerationMixin):
         for own in (input_ids == model.config.image_token_id).sum(dim=1).tolist():
             numbers += [*range(before), *range(start, start + own)]
             start += own
-        return Media.joined(prefix.media, media), torch.tensor(numbers, device=input_ids.device)
+        both = media if prefix.media is None else prefix.media.joined(prefix.media, media)
+        return both, torch.tensor(numbers, device=input_ids.device)
 
     def _copies(self, kwargs: dict) -> int:
         """How often generation repeats each row: for its beams or samples."""

@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import ModelOutput
 
-from flamingo import vision
+from flamingo import connectors, fusions, vision
 from flamingo.cache import SightLayer
 from flamingo.config import FlamingoConfig
-from flamingo.cross_attention import GatedCrossAttentionBlock, Media
-from flamingo.decoder import AddedTokens, Conditioning, Decoder
+from flamingo.cross_attention import GatedCrossAttentionBlock
+from flamingo.decoder import AddedTokens, Decoder
+from flamingo.expansion import Expanded, expand, rows_of
 from flamingo.freezing import FrozenParts, grad_if
 from flamingo.generation import FlamingoGeneration
 from flamingo.layers import token_nll
-from flamingo.media import Runs, restarting_positions, sight
-from flamingo.resampler import PerceiverResampler
+from flamingo.media import restarting_positions, sight
 
 
 @dataclass
@@ -68,11 +68,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, PerceiverResampler):
-            nn.init.normal_(module.latents)
-            for table in (module.frame_embs, module.grid_embs):
-                if table is not None:
-                    nn.init.normal_(table, std=std)
+        elif hasattr(module, "attention_map") and hasattr(module, "reset"):  # a connector
+            module.reset(std)  # type: ignore[operator]
         elif isinstance(module, AddedTokens):
             nn.init.normal_(module.input, std=std)
             nn.init.normal_(module.output, std=std)
@@ -104,14 +101,13 @@ class FlamingoForConditionalGeneration(
         text = config.get_text_config()
         self.vision_encoder = vision.build(config.vision_config)  # type: ignore[arg-type]
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(text)
-        self.resampler = PerceiverResampler(config)
-        self.gated_blocks = nn.ModuleList(
-            GatedCrossAttentionBlock(config, text.hidden_size, self.resampler.width, scale)
-            for scale in config.cross_attention_scale or [1.0] * len(config.block_positions)
-        )
         tables = (self.get_input_embeddings(), self.get_output_embeddings())
         # Of a table that lies in pieces on several ranks, only `ds_shape` tells the size.
         shapes = [getattr(table.weight, "ds_shape", table.weight.shape) for table in tables]
+        self._fusion = fusions.fusion(config.fusion).Fusion(config)
+        # Named so in all checkpoints, whichever connector it is.
+        self.resampler: Any = connectors.build(config, self._fusion.width(shapes[0][1]))
+        self.gated_blocks = self._fusion.blocks(config, text.hidden_size, self.resampler.width)
         self.added_tokens = AddedTokens(config.added_tokens, *(shape[1] for shape in shapes))
         takes = inspect.signature(self.language_model.forward).parameters
         self._takes_positions = "position_ids" in takes  # ALiBi models have none
@@ -181,8 +177,8 @@ class FlamingoForConditionalGeneration(
         latents: Tensor | None = None,
         frames: Tensor | None = None,
         grid_shape: tuple[int, int] | None = None,
-    ) -> Media:
-        """Images as the gated blocks need them, from one of three stages.
+    ) -> Any:
+        """Images as the LM gets them (`fusions`; as gated blocks need them), from one of three stages.
 
         pixel_values: float[N, 3, H, W], clips float[N, F, 3, H, W]; grids: float[N, G, E] or
         float[N, F, G, E] (`encode_images`), with their grid_shape where it is not the config's;
@@ -196,13 +192,40 @@ class FlamingoForConditionalGeneration(
                 grids, grid_shape = self.encode_images(pixel_values), self.grid_shape(pixel_values)
             latents = self.resampler(grids, frames, grid_shape)
         assert latents is not None
-        pairs = [block.attn.project_media(latents) for block in self.gated_blocks]  # type: ignore
-        return Media(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), latents)
+        return self._fusion.media(self.gated_blocks, latents)
+
+    @property
+    def image_tokens(self) -> int:
+        """<image> tokens of an image in the LM's input: 1, or with `fusion="prefix"` one per vector."""
+        return self._fusion.image_tokens(self.resampler.count)
+
+    @property
+    def image_values(self) -> int:
+        """Numbers that `media()` keeps of an image."""
+        return self._fusion.values(self.config, self.resampler.count, self.resampler.width)
+
+    def expand(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Expanded:
+        """Rows with one <image> token an image, as the LM reads them (`expansion.expand`)."""
+        token, pad = self.config.image_token_id, self.generation_config.pad_token_id or 0
+        if labels is not None:  # nothing predicts the first token, wherever it will stand
+            labels = torch.cat((torch.full_like(labels[:, :1], -100), labels[:, 1:]), dim=1)
+        return expand(input_ids, token, self.image_tokens, attention_mask, segment_ids, labels, pad)
+
+    def is_short(self, input_ids: Tensor, media: Any) -> bool:
+        """Whether images have one token each here and more in the LM's input: rows to be expanded."""
+        wanted = int((input_ids == self.config.image_token_id).sum()) if self.image_tokens > 1 else 0
+        return bool(wanted) and media is not None and wanted * self.image_tokens == len(media)
 
     def sight(
         self,
         input_ids: Tensor,
-        media: Media | None,
+        media: Any,
         segment_ids: Tensor | None = None,
         look_ahead: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -215,8 +238,8 @@ class FlamingoForConditionalGeneration(
         given = 0 if media is None else len(media)
         if wanted != given:
             raise ValueError(
-                f"{wanted} <image> tokens in input_ids but {given} images in pixel_values: "
-                "every <image> needs one picture, in the same order"
+                f"{wanted} <image> tokens in input_ids but {given // self.image_tokens} images in "
+                "pixel_values: every <image> needs one picture, in the same order"
             )
         return sight(input_ids, token, self.config.attend_to, segment_ids, look_ahead)
 
@@ -229,7 +252,7 @@ class FlamingoForConditionalGeneration(
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        media: Media | None = None,
+        media: Any = None,
         frames: Tensor | None = None,
         seen: Tensor | None = None,
         since: Tensor | None = None,
@@ -261,7 +284,17 @@ class FlamingoForConditionalGeneration(
             raise ValueError("input_ids is missing: a Flamingo finds its images by their tokens")
         if media is None and pixel_values is not None and len(pixel_values):
             media = self.media(pixel_values=pixel_values, frames=frames)
+        long: Expanded | None = None
         if seen is None:
+            if self.is_short(input_ids, media):
+                assert position_ids is None and look_ahead is None, "not for rows that are expanded"
+                long = self.expand(input_ids, attention_mask, segment_ids, labels)
+                input_ids, labels, segment_ids = long.input_ids, long.labels, long.segment_ids
+                if segment_ids is None and not bool(long.attention_mask.all()):
+                    attention_mask = long.attention_mask
+                    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+                else:
+                    attention_mask = None
             seen, since = self.sight(input_ids, media, segment_ids, look_ahead)
             held = SightLayer.of(cache)
             if held is not None:
@@ -273,7 +306,9 @@ class FlamingoForConditionalGeneration(
             kwargs.setdefault("use_cache", False)
         elif logits_to_keep:
             keep = torch.zeros_like(input_ids, dtype=torch.bool)
-            keep[:, -logits_to_keep:] = True
+            last = torch.arange(input_ids.shape[1], device=input_ids.device)[-logits_to_keep:]
+            last = last.expand(len(input_ids), -1) if long is None else long.last[:, -logits_to_keep:]
+            keep.scatter_(1, last, True)
         if segment_ids is not None:
             # transformers tells packed documents by positions that restart, without mask and cache.
             assert attention_mask is None and self._takes_positions, "these rows cannot be packed"
@@ -283,10 +318,10 @@ class FlamingoForConditionalGeneration(
             kwargs["position_ids"] = position_ids
         if cache is not None:
             kwargs["cache"] = cache
-        conditioning = Conditioning(Runs.of(seen, since), media, keep)
-        with self._decoder.conditioned(conditioning):
+        with self._decoder.conditioned(self._fusion.conditioning(media, input_ids, seen, since, keep)):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        SightLayer.keep(out.cache, media, seen, since)
+        if self._fusion.kept:
+            SightLayer.keep(out.cache, media, seen, since)
         loss, logits = None, out.logits
         if targets is not None and keep is not None:
             assert reduction in ("mean", "sum", "none"), reduction
@@ -294,6 +329,8 @@ class FlamingoForConditionalGeneration(
             loss = nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()
         elif keep is not None:
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
+        elif long is not None:
+            logits = rows_of(logits, long.last)
         return FlamingoOutput(loss=loss, logits=logits, cache=out.cache)
 
     @torch.no_grad()
@@ -325,27 +362,25 @@ class FlamingoForConditionalGeneration(
         """Where each token looks on the image that it sees: float32[B, T, P].
 
         P are the G places of the grid, for clips those of F frames (P = F * G). With
-        `attend_to="previous"` float32[B, T, N, P], over all images. The gated blocks' attention
-        to the latents, weighted by how far each block's gate is open (|tanh|), composed with the
-        resampler's attention of latents to grid places. The places of a token sum to 1, or are 0
-        where it sees no image. The logits of a token are made at the position *before* it: look
-        there for where the model looked when it chose a token.
+        `attend_to="previous"` or `fusion="prefix"` float32[B, T, N, P], over all images. The gated
+        blocks' attention to the latents, weighted by how far each block's gate is open (|tanh|), or
+        the LM's own to the vectors, composed with the connector's of vectors to grid places. The
+        places of a token sum to 1, or are 0 where it sees no image. The logits of a token are made at
+        the position *before* it: look there for where the model looked when it chose a token.
         """
         if not len(pixel_values):
             self.sight(input_ids, None)
             return torch.zeros(*input_ids.shape, math.prod(self.config.vision_config.grid))  # type: ignore
         grids, shape = self.encode_images(pixel_values), self.grid_shape(pixel_values)
         media = self.media(grids=grids, frames=frames, grid_shape=shape)
-        seen, since = self.sight(input_ids, media)
-        conditioning = Conditioning(Runs.of(seen, since), media, record={})
-        with self._decoder.conditioned(conditioning):
-            self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        assert conditioning.record is not None
-        gates = torch.stack([b.attn_gate.float().tanh().abs().mean() for b in self.gated_blocks])  # type: ignore
-        if not gates.any():  # all shut, as before training: every block counts alike
-            gates = torch.ones_like(gates)
-        shares = gates / gates.sum()
-        tokens = sum(shares[i] * w for i, w in conditioning.record.items())  # [B, T, N, L]
+        ids, mask, last = input_ids, attention_mask, None
+        if self.is_short(input_ids, media):
+            long = self.expand(input_ids, attention_mask)
+            ids, mask, last = long.input_ids, long.attention_mask, long.last
+        seen, since = self.sight(ids, media)
         places = self.resampler.attention_map(grids, frames, shape)  # [N, L, P]
-        maps = torch.einsum("btnl,nlp->btnp", tokens, places)
-        return maps if since is not None else maps.sum(dim=2)
+        maps = self._fusion.looks(self, ids, mask, seen, since, media, places)
+        if last is None:
+            return maps
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return maps[rows, last]

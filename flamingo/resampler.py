@@ -48,10 +48,12 @@ class PerceiverAttention(nn.Module):
 class PerceiverResampler(nn.Module):
     """float[N, G, E], or float[N, F, G, E] for clips -> float[N, L, W]."""
 
-    def __init__(self, config: FlamingoConfig):
+    def __init__(self, config: FlamingoConfig, out_width: int | None = None):
+        """out_width: of the latents as they leave; None: `resampler_width`."""
         super().__init__()
         vision: Any = config.vision_config
         self.width = config.resampler_width or vision.width
+        self.count = config.resampler_latents
         self.project: nn.Module = nn.Identity()
         if self.width != vision.width:
             self.project = nn.Linear(vision.width, self.width)
@@ -73,7 +75,18 @@ class PerceiverResampler(nn.Module):
             )
             for _ in range(config.resampler_depth)
         )
-        self.norm = nn.LayerNorm(self.width)
+        self.norm: nn.Module = nn.LayerNorm(self.width)
+        if out_width not in (None, self.width):
+            self.norm = nn.Sequential(self.norm, nn.Linear(self.width, out_width))
+            self.width = out_width
+
+    @torch.no_grad()
+    def reset(self, std: float) -> None:
+        """Latents start as in the paper, tables of positions at `std`."""
+        nn.init.normal_(self.latents)
+        for table in (self.frame_embs, self.grid_embs):
+            if table is not None:
+                nn.init.normal_(table, std=std)
 
     def forward(
         self, grid: Tensor, frames: Tensor | None = None, shape: tuple[int, int] | None = None

@@ -19,11 +19,11 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 100
 # A module may import those before its own line, in `flamingo.`; `vision` stands for its files.
 LAYERS = [
     {"config", "layers", "runtime", "chat"},
-    {"media", "attention_blocks"},
+    {"media", "attention_blocks", "expansion"},
     {"vision", "resampler", "cross_attention", "attention"},
-    {"cache"},
+    {"cache", "connectors"},
     {"decoder", "generation"},
-    {"freezing"},
+    {"freezing", "fusions"},
     {"modeling"},
     {"processing"},
     {"factory", "registration"},
@@ -31,6 +31,7 @@ LAYERS = [
 ]
 BELOW = {name: set().union(*LAYERS[:level]) for level, names in enumerate(LAYERS) for name in names}
 BELOW["vision"] = {"config"}
+FOLDERS = ("vision", "connectors", "fusions", "checkpoints")  # whose files may import each other
 FROM_DATA = {"processing": {"flamingo.data.transforms"}}  # what the model may use of the data room
 
 # Who may import a heavy or optional library; others get at it through them.
@@ -101,7 +102,7 @@ def broken_rules(module: str, imported: str) -> Iterator[str]:
     if not is_in(imported, "flamingo"):
         return
     layer, other = (name.split(".")[1] if "." in name else "" for name in (module, imported))
-    may = imported in FROM_DATA.get(layer, {"flamingo"}) or layer == other in ("vision", "checkpoints")
+    may = imported in FROM_DATA.get(layer, {"flamingo"}) or layer == other in FOLDERS
     if layer in BELOW and other not in BELOW[layer] and not may:
         yield f"{layer} may import of flamingo only {', '.join(sorted(BELOW[layer])) or 'none'}"
     if layer == "data" and other in BELOW and other != "runtime":

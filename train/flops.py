@@ -112,11 +112,12 @@ def _of_config(fields: str) -> Costs:
 
 def _count(model: FlamingoForConditionalGeneration) -> Costs:
     config, text = model.config, model.config.get_text_config()
-    latents, inner = config.resampler_latents, config.cross_attention_heads * config.cross_attention_head_dim
+    latents, inner = model.resampler.count, config.cross_attention_heads * config.cross_attention_head_dim
     heads = text.num_attention_heads
     attended = 4.0 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     blocks: dict[int, Any] = dict(zip(config.block_positions, model.gated_blocks, strict=True))
-    flows = model.added_tokens.input.requires_grad or _trains(model.get_input_embeddings())
+    flows = config.fusion == "prefix"  # into the trained vectors in its input
+    flows = flows or model.added_tokens.input.requires_grad or _trains(model.get_input_embeddings())
     token = pair = look = image = 0.0
     again = [0.0, 0.0, 0.0]
     for index, layer in enumerate(find_decoder_layers(model.language_model)):
@@ -133,18 +134,27 @@ def _count(model: FlamingoForConditionalGeneration) -> Costs:
     head = model.get_output_embeddings()
     target = _counted(head, True, text) + 3 * 2.0 * model.added_tokens.output.numel()
     place, per_image = _resampler(model)
+    # With fusion="prefix" an image has more tokens than its row says; their part in `pair` is left out.
+    image += token * (model.image_tokens - 1)
     picture = encoder_flops(model) * (3 if _trains(model.vision_encoder) else 1)
     return Costs(token, target, pair, look, image + per_image, place, picture, (again[0], again[1], again[2]))
 
 
 def _resampler(model: FlamingoForConditionalGeneration) -> tuple[float, float]:
-    """FLOPs of the resampler in training: of a grid place, and of an image besides."""
+    """FLOPs of the connector in training: of a grid place, and of an image besides."""
     resampler, config = model.resampler, model.config
+    if config.connector != "perceiver":  # a vector per place, or per several places
+        per_vector = sum(
+            # What goes into the first matrix is the frozen encoder's, which wants no gradient.
+            flops * (2 if number == 0 and not _trains(model.vision_encoder) else 3)
+            for number, (flops, _) in enumerate(_linears(resampler))
+        )
+        return 0.0, per_vector * resampler.count
     latents = config.resampler_latents
     inner = config.resampler_heads * config.resampler_head_dim
     # The projection's input is the frozen encoder's, which wants no gradient.
     place = _products(resampler.project) * (3 if _trains(model.vision_encoder) else 2)
-    image = 0.0
+    image = 3.0 * resampler.count * _products(resampler.norm)  # to another width
     for attention, feed in resampler.layers:  # type: ignore[misc]
         keys = _products(attention.to_kv) + 4.0 * latents * inner
         place += 3 * keys

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Model folders from the weights of other Flamingos.", no_args_is_help=True)
+app = typer.Typer(help="Model folders from the weights of other systems.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="Folder for the model; new, or empty.", show_default=False)]
 
 
 @app.callback()
 def _group() -> None:
-    """Model folders from the weights of other Flamingos."""
+    """Model folders from the weights of other systems."""
 
 
 @app.command()
@@ -48,6 +48,20 @@ def idefics(
     """Convert an Idefics (version 1) of transformers."""
     with _plain_errors():
         from flamingo.checkpoints.idefics import convert
+
+        for note in convert(folder, out):
+            typer.echo(f"note: {note}")
+        typer.echo(f"{out}")
+
+
+@app.command()
+def llava(
+    folder: Annotated[Path, typer.Argument(help="Folder with config.json, *.safetensors and a tokenizer.")],
+    out: Out,
+) -> None:
+    """Convert a LLaVA-1.5 of transformers: an MLP connector, its vectors in the LM's input."""
+    with _plain_errors():
+        from flamingo.checkpoints.llava import convert
 
         for note in convert(folder, out):
             typer.echo(f"note: {note}")

@@ -62,7 +62,7 @@ def micro_batches(step: int, rank: int, ranks: int, accumulation: int, pack: int
 
 
 def engine_of(given: Recipe, step: int = 0, saved: Saved | None = None) -> Engine:
-    model = tiny_model(0.05)
+    model = tiny_model(0.05, **given.model.architecture)
     unfreeze(model, given, step)
     objective = Objective(
         model, WEIGHTS, FeatureCache(model, 0.0), getattr(torch, given.autocast), given.z_loss

@@ -13,6 +13,9 @@ from tests.train.steps import gradients_of_all
 STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2)
 
 
+PREFIX = {"vision": "timm:x", "language": "x", "architecture": {"connector": "mlp", "fusion": "prefix"}}
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """The gradient of one process, one micro-batch, no ZeRO."""
@@ -29,12 +32,28 @@ def test_the_gradient_of_a_step_is_that_of_a_single_process(ranks, reference, tm
     ]
     for found in in_ranks(ranks, tmp_path, gradients_of_all, settings):
         for setting, gradients in zip(settings, found, strict=True):
-            assert gradients.keys() == reference.keys()
-            names = reference.keys() - {"norms"}
-            off = sum(float((gradients[n] - reference[n]).double().square().sum()) for n in names) ** 0.5
-            size = sum(float(reference[n].double().square().sum()) for n in names) ** 0.5
-            assert off <= 1e-6 * size, setting
-            for name in names:
-                largest = float(reference[name].abs().max())
-                torch.testing.assert_close(gradients[name], reference[name], atol=1e-5 * largest, rtol=0)
-            assert gradients["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+            assert_same(gradients, reference, setting)
+
+
+def test_so_is_that_of_vectors_in_the_input(tmp_path):
+    """Rows grow with their images, and the last of three ranks has none."""
+    (found,) = in_ranks(1, tmp_path / "one", gradients_of_all, [{"zero_stage": 0, "model": PREFIX}])
+    settings = [
+        {"zero_stage": stage, "accumulation": parts, "pack": pack, "model": PREFIX}
+        for stage, parts, pack in ((0, 1, 32), (2, 2, 32), (3, 1, 0), (3, 2, 32))
+    ]
+    for rank in in_ranks(3, tmp_path / "three", gradients_of_all, settings):
+        for setting, gradients in zip(settings, rank, strict=True):
+            assert_same(gradients, found[0], setting)
+
+
+def assert_same(gradients: dict, reference: dict, setting: dict) -> None:
+    assert gradients.keys() == reference.keys()
+    names = reference.keys() - {"norms"}
+    off = sum(float((gradients[n] - reference[n]).double().square().sum()) for n in names) ** 0.5
+    size = sum(float(reference[n].double().square().sum()) for n in names) ** 0.5
+    assert off <= 1e-6 * size, setting
+    for name in names:
+        largest = float(reference[name].abs().max())
+        torch.testing.assert_close(gradients[name], reference[name], atol=1e-5 * largest, rtol=0)
+    assert gradients["norms"] == pytest.approx(reference["norms"], rel=1e-4)

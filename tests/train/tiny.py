@@ -13,8 +13,9 @@ WORDS = 20
 END_OF_CHUNK, IMAGE = WORDS, WORDS + 1
 
 
-def tiny_model(spread: float = 0.3) -> FlamingoForConditionalGeneration:
-    """LLaMA of 2 layers, gates open, in training mode. spread: of its random weights."""
+def tiny_model(spread: float = 0.3, **architecture) -> FlamingoForConditionalGeneration:
+    """LLaMA of 2 layers, gates open, in training mode. spread: of its random weights; architecture:
+    more fields of the config."""
     torch.manual_seed(0)
     text = AutoConfig.for_model(
         "llama",
@@ -43,6 +44,7 @@ def tiny_model(spread: float = 0.3) -> FlamingoForConditionalGeneration:
         cross_attention_head_dim=8,
         gate_init=0.7,
         initializer_range=spread,
+        **architecture,
     )
     return FlamingoForConditionalGeneration(config).train()
 
