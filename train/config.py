@@ -43,6 +43,11 @@ class ModelConfig(Section):
     )
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     architecture: dict[str, Any] = Field(default_factory=dict)
+    start: str | None = Field(
+        None,
+        description="trained model that the run begins with: a model folder, or a file of `flamingo export`; "
+        "what `architecture` does not name is that model's",
+    )
 
 
 class OptimizerConfig(Section):
@@ -186,6 +191,11 @@ class Recipe(Section):
         if self.offload == "all" and self.zero_stage < 3:
             raise ValueError(
                 f"offload=all: needs zero_stage=3, not {self.zero_stage}; offload=optimizer does not"
+            )
+        if self.zero_stage == 3 and self.model.start:
+            raise ValueError(
+                f"model.start={self.model.start}: under zero_stage=3 weights lie in pieces as they are made: "
+                "set zero_stage to 2"
             )
         if self.zero_stage == 3 and self.evaluate:
             raise ValueError(

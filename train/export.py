@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 import yaml
 
+from flamingo.checkpoints.trainables import begin_with
 from flamingo.factory import Gathered, create
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.train import checkpoint
 from flamingo.train.checkpoint import WEIGHT, Saved
 from flamingo.train.config import Recipe
-from flamingo.train.parts import add_adapters, merge_adapters, unfreeze
+from flamingo.train.parts import add_adapters, architecture, merge_adapters, unfreeze
 
 RECIPE = "recipe.yaml"
 
@@ -30,8 +31,10 @@ def assemble(
         frozen_dtype=getattr(torch, recipe.model.frozen_dtype),
         seed=recipe.seed,
         gathered=gathered,
-        **recipe.model.architecture,
+        **architecture(recipe),
     )
+    if recipe.model.start:
+        begin_with(model, recipe.model.start)
     if recipe.lora:
         add_adapters(model, recipe.lora)
     return model, processor

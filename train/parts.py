@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from flamingo.checkpoints.trainables import architecture_of
 from flamingo.decoder import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.train.config import LoraConfig, Recipe
 
 ADAPTER = "default"
+
+
+def architecture(recipe: Recipe) -> dict[str, Any]:
+    """Fields of FlamingoConfig: the recipe's, and for the rest those of the model that it starts with."""
+    start = architecture_of(recipe.model.start) if recipe.model.start else {}
+    return {**start, **recipe.model.architecture}
 
 
 def add_adapters(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:

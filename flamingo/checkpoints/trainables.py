@@ -1,7 +1,7 @@
 """The trained part of a model alone: one safetensors file without the frozen backbones.
 
 Its metadata holds the config, so that the file and the names of the two backbones are all that a
-model needs.
+model needs. A new model may begin with such a file, or with a whole model folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
@@ -77,19 +77,66 @@ def from_trainables(
     their sizes tell.
     """
     path = Path(path)
-    with _opened(path) as file:
-        fields: dict[str, Any] = json.loads(file.metadata()["config"])
-    known = FlamingoConfig.__annotations__.keys() - set(FOUND)
-    architecture = {name: fields[name] for name in known if name in fields}
-    model, processor = create(vision=vision, language=language, frozen_dtype=frozen_dtype, **architecture)
-    made = model.config.first_added_token_id
-    if fields["first_added_token_id"] != made:
-        raise ValueError(
-            f"{path}: trained with a vocabulary of {fields['first_added_token_id']} tokens, "
-            f"language={language!r} has {made}"
-        )
+    fields = architecture_of(path)
+    model, processor = create(vision=vision, language=language, frozen_dtype=frozen_dtype, **fields)
+    _check_vocabulary(model, path)
     load_trainables(model, path)
     return model.eval(), processor
+
+
+def architecture_of(path: str | Path) -> dict[str, Any]:
+    """Fields of `create` that a model folder or a file of `save_trainables` was made with.
+
+    Raises ValueError for one that is neither.
+    """
+    fields = _config(Path(path))
+    known = FlamingoConfig.__annotations__.keys() - set(FOUND)
+    return {name: fields[name] for name in known if name in fields}
+
+
+def begin_with(model: FlamingoForConditionalGeneration, path: str | Path) -> None:
+    """Put the weights of a trained model into a new one with the same architecture and backbones.
+
+    path: a model folder, of which all is taken, the frozen parts too, since adapters may have been
+    merged into them; or a file of `save_trainables`. Raises ValueError, naming tensors and shapes,
+    for one that does not fit.
+    """
+    path = Path(path)
+    _check_vocabulary(model, path)
+    if not path.is_dir():
+        load_trainables(model, path)
+        return
+    given: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        given |= load_file(file)
+    own = model.state_dict()
+    held = {own[name].data_ptr() for name in given if name in own}  # of tied tables only one is in the file
+    missing = sorted(name for name in own if name not in given and own[name].data_ptr() not in held)
+    wrong = sorted(name for name in given if name not in own or own[name].shape != given[name].shape)
+    if missing or wrong:
+        raise ValueError(
+            f"{path}: made with another encoder, language model or architecture; "
+            f"missing {missing[:3] or 'nothing'} ({len(missing)} in all), "
+            f"not as here {wrong[:3] or 'nothing'} ({len(wrong)})"
+        )
+    model.load_state_dict(given, strict=False)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        with _opened(path) as file:
+            return json.loads(file.metadata()["config"])
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds no model (no config.json): train one, or name its folder")
+    return FlamingoConfig.from_pretrained(path).to_dict()
+
+
+def _check_vocabulary(model: FlamingoForConditionalGeneration, path: Path) -> None:
+    trained, made = _config(path)["first_added_token_id"], model.config.first_added_token_id
+    if trained != made:
+        raise ValueError(
+            f"{path}: trained with a vocabulary of {trained} tokens, the language model here has {made}"
+        )
 
 
 def _opened(path: Path):

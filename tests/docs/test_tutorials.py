@@ -7,15 +7,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pytest
-import timm
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from flamingo.eval import session
 from flamingo.folders import assemble
+from tests.docs.backbones import write_backbones
 from tests.docs.pages import ROOT, Walk, said
-from tests.eval.harness_model import tokenizer
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 SMALL = ["resampler_depth=1", "resampler_width=16", "resampler_latents=3", "cross_attention_every=1"]
@@ -28,18 +24,7 @@ WalkPage = Callable[..., None]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `flamingo backbones` and the quickstart leave behind, in small: data/ and runs/."""
     folder = tmp_path_factory.mktemp("made")
-    vision = folder / "data" / "backbones" / "efficientnet-lite0"
-    language = folder / "data" / "backbones" / "smollm2-135m-instruct"
-    vision.mkdir(parents=True)
-    torch.manual_seed(0)
-    weights = timm.create_model("test_efficientnet", num_classes=0).state_dict()
-    save_file({k: v.contiguous() for k, v in weights.items()}, vision / "model.safetensors")
-    (vision / "config.json").write_text('{"architecture": "test_efficientnet"}')
-    words = tokenizer()
-    words.save_pretrained(language)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    fields = {"vocab_size": len(words), "initializer_range": 0.5, "pad_token_id": 0, "eos_token_id": 1}
-    LlamaForCausalLM(LlamaConfig(**sizes, **fields, bos_token_id=None)).save_pretrained(language)  # type: ignore
+    vision, language = write_backbones(folder / "data" / "backbones")
     model = folder / "runs" / "quickstart" / "model"
     assemble(model, f"timm:{vision}", str(language), SMALL, "float32")
     return folder

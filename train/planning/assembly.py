@@ -14,7 +14,7 @@ from flamingo.factory import _check_fields, _described
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.train.config import Recipe
 from flamingo.train.optim import group_of
-from flamingo.train.parts import add_adapters, unfreeze
+from flamingo.train.parts import add_adapters, architecture, unfreeze
 
 
 def assemble(recipe: Recipe) -> FlamingoForConditionalGeneration:
@@ -48,14 +48,15 @@ def configuration(recipe: Recipe) -> FlamingoConfig:
         raise ValueError(f"model.vision={recipe.model.vision!r}: write source:name, e.g. timm:resnet50")
     text = language_config(recipe.model.language)
     first = text.get_text_config().vocab_size
-    _check_fields(recipe.model.architecture)
+    fields = architecture(recipe)
+    _check_fields(fields)
     return FlamingoConfig(
         text_config=text,
         vision_config=_described(vision.source(source), name, recipe.model.vision_options),
         first_added_token_id=first,
         end_of_chunk_token_id=first,
         image_token_id=first + 1,
-        **recipe.model.architecture,
+        **fields,
     )
 
 
