@@ -15,7 +15,14 @@ copyright = "the authors of Flamingo; Apache-2.0"
 release = version = __version__
 language = "en_GB"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "docstrings", "generated", "inline_svg"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx_copybutton",
+    "docstrings",
+    "generated",
+    "inline_svg",
+]
 exclude_patterns = ["_build"]
 
 # Pages are read on GitHub too: plain Markdown, and links that lead somewhere in both places.

@@ -74,7 +74,7 @@ def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list
 def _signature(
     app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
-    """A configuration's signature is left out: it lists what transformers adds too; a table has the fields."""
+    """Without a configuration's, which lists what transformers adds too: a table has its fields."""
     return ("", None) if what == "class" and hasattr(obj, "sub_configs") else (signature, returned)
 
 

@@ -94,7 +94,7 @@ def _what(kind: Any) -> str:
 
 def attributes(text: str) -> dict[str, str]:
     """name -> meaning, of the `name: meaning; name, name: meaning.` in a docstring."""
-    joined = re.sub(r"\s+", " ", text.partition("Attributes:")[2])
+    joined = re.sub(r"\s+", " ", text.partition("Attributes:")[2]).strip()
     pieces = re.split(r"(?:^|(?<=[;.]) )((?:[a-z_]+, )*[a-z_]+): ", joined)
     found = {}
     for names, meaning in zip(pieces[1::2], pieces[2::2], strict=True):
