@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,26 @@ def step_loader(dataset: StepDataset, start: int, stop: int, workers: int = 0) -
         generator=torch.Generator(),  # its own: the trainer's random numbers stay as they are
         worker_init_fn=_outlive_signals,
     )
-    return iter(loader)
+    with _held_back():
+        return iter(loader)
+
+
+# What a job is told to stop with.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "sigwaitinfo") else ()  # macOS: none
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Within this `with`, signals wait; processes that are started here hold them back from the start.
+
+    Some libraries (grpc) begin threads in every new process before anything of ours runs in it, and
+    a signal is delivered to any thread that does not hold it back.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _outlive_signals(worker: int) -> None:
@@ -174,16 +194,15 @@ def _outlive_signals(worker: int) -> None:
 
     The rank finishes its step and writes a checkpoint, for which it needs its workers.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    if not SIGNALS:
         return
-    signals = (signal.SIGTERM, signal.SIGUSR1)
 
     def listen() -> None:
-        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+        while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=listen, daemon=True).start()
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -103,7 +104,21 @@ class Pids(Dataset):
         return os.getpid()
 
 
-@pytest.mark.slow  # by itself: threads that libraries of other tests leave in the worker take its signals
+@pytest.fixture
+def threads_in_forks():
+    """As grpc does: every new process has a thread before anything else runs in it."""
+    wanted = [True]
+
+    def begin() -> None:
+        if wanted:
+            threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+
+    os.register_at_fork(after_in_child=begin)
+    yield
+    wanted.clear()
+
+
+@pytest.mark.usefixtures("threads_in_forks")
 def test_the_loaders_processes_outlive_a_signal_to_the_whole_job_and_end_with_their_rank():
     steps = step_loader(Pids(), 0, 40, workers=1)  # type: ignore[arg-type]
     worker = next(steps)
