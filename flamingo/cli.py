@@ -12,6 +12,7 @@ from flamingo.data.commands import app as data_app
 from flamingo.data.tools import commands as tools
 from flamingo.data.tools.commands import plain_errors
 from flamingo.eval.commands import app as eval_app
+from flamingo.serving import commands as serving
 
 app = typer.Typer(
     help="Flamingo: a frozen language model that sees. Make data, train, evaluate, ask.",
@@ -21,6 +22,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
+app.command()(serving.generate)
+app.command()(serving.chat)
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
 Processes = Annotated[
@@ -142,23 +145,6 @@ def report(
         finished = (runs[0] / "train.json").exists() or not (runs[0] / "metrics.jsonl").exists()
         one = len(runs) == 1 and finished and out is None
         typer.echo(f"{write_report(runs[0]) if one else write_comparison(runs, out)}")
-
-
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Option(help="Model folder, e.g. runs/quickstart/model.")],
-    prompt: Annotated[str, typer.Option(help="Text; <image> stands where a picture stands.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture; give one per <image>.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
-) -> None:
-    """Answer a prompt about pictures. Without <image> in the prompt, pictures come first."""
-    from flamingo.runtime import quiet_libraries
-
-    quiet_libraries()
-    from flamingo.answer import answer
-
-    with plain_errors():
-        typer.echo(answer(model, prompt, image or [], max_new_tokens))
 
 
 @app.command()

@@ -70,14 +70,22 @@ class Engine:
 
         Raises ValueError for a prompt that leaves the LM no room for so many new tokens.
         """
+        self.check_room(self.length(prompt), max_new_tokens)
         inputs = self.processor(text=prompt.text, images=list(prompt.pictures) or None)
-        length, room = inputs["input_ids"].shape[1], self.room
-        if room is not None and length + max_new_tokens > room:
+        return inputs.to(self.model.device)
+
+    def length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt as the LM reads it; of a picture those that stand for it."""
+        ids = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        return len(ids) + (self.model.image_tokens - 1) * len(prompt.pictures)
+
+    def check_room(self, length: int, max_new_tokens: int) -> None:
+        """Raises ValueError where the LM cannot read so many tokens of prompt and answer."""
+        if self.room is not None and length + max_new_tokens > self.room:
             raise ValueError(
                 f"the prompt has {length} tokens and the answer may have {max_new_tokens}: this model reads "
-                f"{room} together; shorten the prompt, or lower max_new_tokens"
+                f"{self.room} together; shorten the prompt, or lower max_new_tokens"
             )
-        return inputs.to(self.model.device)
 
     def answer(self, prompt: Prompt, sampling: Sampling | None = None) -> Answer:
         """The whole answer. Raises ValueError as `inputs`."""
