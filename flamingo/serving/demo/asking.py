@@ -17,6 +17,8 @@ from flamingo.serving.demo.turns import Turn, prompt_of
 from flamingo.serving.engine import Answer, Engine
 from flamingo.serving.prompt import Sampling
 
+REMEMBERED = 10_000  # sessions
+
 
 @dataclass(frozen=True)
 class Told:
@@ -44,18 +46,20 @@ class Asking:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        self._stopped: set[str] = set()
+        self._stopped: dict[str, None] = {}  # in the order of their clicks
         self._lock = threading.Lock()
 
     def begin(self, session: str) -> None:
         """A new question, which nobody has stopped yet."""
         with self._lock:
-            self._stopped.discard(session)
+            self._stopped.pop(session, None)
 
     def stop(self, session: str) -> None:
         """End this session's answer, also one that still waits."""
         with self._lock:
-            self._stopped.add(session)
+            self._stopped[session] = None
+            if len(self._stopped) > REMEMBERED:  # sessions that are gone
+                self._stopped.pop(next(iter(self._stopped)))
 
     def ask(self, turns: Sequence[Turn], settings: dict[str, Any], session: str) -> Iterator[Update]:
         """The answer as it grows, then with its words. What cannot be asked is told, not raised."""

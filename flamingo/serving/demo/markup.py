@@ -65,8 +65,8 @@ def gates_html(gates: Sequence[Gate]) -> str:
         for gate in gates
     )
     return (
-        f"<p>Between the layers of the language model stand {len(gates)} gated blocks, through which pictures "
-        "reach it. A gate of 0 is closed: nothing of the block comes through. 1 is wide open.</p>"
+        f"<p>Between the layers of the language model stand {len(gates)} gated blocks, through which "
+        "pictures reach it. A gate of 0 is closed: nothing of the block comes through. 1 is wide open.</p>"
         '<table class="gates"><thead><tr><th>block</th><th>gate of its cross-attention</th>'
         f"<th>gate of its feed-forward</th></tr></thead><tbody>{rows}</tbody></table>"
     )
@@ -96,8 +96,8 @@ def looks_html(word: LookingWord, pictures: Sequence[Image], crop: str, top: flo
     notes = []
     if last_only and len(pictures) > 1:
         notes.append(
-            "In this model a word sees only the last picture before it (attend_to=immediate). Earlier pictures "
-            "are dimmed: they work through the text of their examples."
+            "In this model a word sees only the last picture before it (attend_to=immediate). "
+            "Earlier pictures are dimmed: they reach the answer only through the words of their examples."
         )
     if crop == "center" and any(picture.width != picture.height for picture in pictures):
         notes.append("Of a picture that is not square the model sees the centred square; the rest is dimmed.")

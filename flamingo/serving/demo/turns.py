@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from PIL.Image import Image
 
 from flamingo.processing import END_OF_CHUNK
 from flamingo.serving.demo.limits import Limits
 from flamingo.serving.prompt import Part, Prompt, joined
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,21 @@ def prompt_of(turns: Sequence[Turn], limits: Limits) -> Prompt:
             text = f"{text} {answer}{END_OF_CHUNK}".lstrip()
         parts += [text] if text else []
     return joined(parts)
+
+
+def arranged(rows: Sequence[T], shown: int, action: str, index: int, blank: T) -> tuple[list[T], int]:
+    """All rows, and how many of them are shown, after one was added, removed, or moved up or down.
+
+    A move beyond an end changes nothing, nor does adding when all are shown.
+    """
+    rows = list(rows)
+    if action == "add":
+        return rows, min(shown + 1, len(rows))
+    if not 0 <= index < shown:
+        return rows, shown
+    if action == "remove":
+        return [*rows[:index], *rows[index + 1 :], blank], shown - 1
+    other = index + (1 if action == "down" else -1)
+    if 0 <= other < shown:
+        rows[index], rows[other] = rows[other], rows[index]
+    return rows, shown
