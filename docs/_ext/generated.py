@@ -4,7 +4,7 @@
     <!-- settings flamingo.data.config.Augment -->  the fields of a model of settings, as a table
     <!-- contract flamingo.data.kinds -->     the docstring of a module, as it stands
 
-Links out of docs/ lead to the page of the site that holds the file, where there is one.
+Links out of docs/ lead to the page of the site that holds the file, or to one made of the file itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Any, Union
 
 MARK = re.compile(r"^<!-- (commands|settings|contract)(?: ([\w.]+))? -->$", re.M)
-LINK = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+)(?P<anchor>#[\w-]+)?\)")
+LINK = re.compile(r"\[(?P<text>[^\]\n]+)\]\((?P<up>(?:\.\./)*)(?P<path>[\w./-]+?)/?(?P<anchor>#[\w-]+)?\)")
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
@@ -165,25 +165,37 @@ def filled(text: str) -> str:
 
 
 def linked(text: str, page: Path, root: Path) -> str:
-    """A page whose links to files beyond docs/ lead to pages of the site.
-
-    Files of code are handed out as they are; a folder is named only.
-    """
+    """A page whose links to files beyond docs/ lead to pages of the site; a folder is named only."""
 
     def target(found: re.Match[str]) -> str:
         path = (page.parent / found["up"] / found["path"]).resolve()
         inside = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+        up = "../" * (len(page.relative_to(root / "docs").parts) - 1)
         if inside in PAGES:
-            up = "../" * (len(page.relative_to(root / "docs").parts) - 1)
-            return f"]({up}{PAGES[inside]}{found['anchor'] or ''})"
+            return f"[{found['text']}]({up}{PAGES[inside]}{found['anchor'] or ''})"
+        if path.is_dir():
+            return found["text"]
+        if path.is_file() and not path.is_relative_to(root / "docs"):
+            return f'<a href="{up}source/{inside}.html">{found["text"]}</a>'
         return found[0]
 
-    text = re.sub(r"\[([^\]\n]+)\]\(((?:\.\./)+[\w./-]+|[\w-]+)/?\)", lambda m: _folder(m, page), text)
     return LINK.sub(target, text)
 
 
-def _folder(found: re.Match[str], page: Path) -> str:
-    return found[1] if (page.parent / found[2]).is_dir() else found[0]
+def files_linked(page: Path, root: Path) -> set[str]:
+    """The files beyond docs/ that a page links to, as paths in the repository."""
+    return set(re.findall(r'<a href="(?:\.\./)*source/([^"]+)\.html">', linked(page.read_text(), page, root)))
+
+
+def _sources(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """A page of each file of code that pages link to."""
+    docs = Path(app.srcdir)
+    pages = [docs / f"{name}.md" for name in app.env.found_docs]
+    for name in sorted(set().union(*(files_linked(page, docs.parent) for page in pages))):
+        language = {".py": "python", ".yaml": "yaml", ".sh": "bash"}.get(Path(name).suffix, "none")
+        code = (docs.parent / name).read_text(encoding="utf-8")
+        body = app.builder.highlighter.highlight_block(code, language, linenos="inline")
+        yield f"source/{name}", {"title": name, "body": f"<h1>{name}</h1>\n{body}"}, "page.html"
 
 
 def _read(app: Any, docname: str, source: list[str]) -> None:
@@ -193,4 +205,5 @@ def _read(app: Any, docname: str, source: list[str]) -> None:
 
 def setup(app: Any) -> dict[str, Any]:
     app.connect("source-read", _read)
+    app.connect("html-collect-pages", _sources)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

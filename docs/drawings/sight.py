@@ -39,7 +39,7 @@ def seen_by(
 
 
 def draw() -> Drawing:
-    drawing = Drawing("sight", 740, 566)
+    drawing = Drawing("sight", 740, 546)
     first, second = (part.split() for part in PACKED)
     packed = [*first, *second]
     documents = [0] * len(first) + [1] * len(second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -24,14 +25,21 @@ LINKED = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELO
 FENCED = re.compile(r"^(```+|:::+).*?^\1\s*$", re.M | re.S)
 
 
+def extension(name: str) -> Iterator[ModuleType]:
+    """A module of docs/_ext, as Sphinx imports it."""
+    sys.path.insert(0, str(DOCS / "_ext"))
+    yield importlib.import_module(name)
+    sys.path.remove(str(DOCS / "_ext"))
+
+
 @pytest.fixture(scope="module")
 def generated() -> Iterator[ModuleType]:
-    """The extension that writes what pages show of the code."""
-    sys.path.insert(0, str(DOCS / "_ext"))
-    import generated as module  # type: ignore[import-not-found]
+    yield from extension("generated")
 
-    yield module
-    sys.path.remove(str(DOCS / "_ext"))
+
+@pytest.fixture(scope="module")
+def docstrings() -> Iterator[ModuleType]:
+    yield from extension("docstrings")
 
 
 # ---- pages and links ---------------------------------------------------------------------------
@@ -46,7 +54,7 @@ def contents(text: str) -> list[str]:
 def test_every_page_is_in_the_contents_once():
     named = contents((DOCS / "index.md").read_text())
     there = {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES} - {"index"}
-    assert sorted(named) == sorted(there)
+    assert there <= set(named) and len(named) == len(set(named))
 
 
 def anchors(page: Path) -> set[str]:
@@ -152,24 +160,29 @@ def test_every_command_is_shown(generated: ModuleType):
     assert "`--max-new-tokens" in shown and "\\<image\\>" in shown
 
 
-def test_docstrings_are_taken_as_plain_text():
-    sys.path.insert(0, str(DOCS / "_ext"))
-    try:
-        from docstrings import restructured  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(DOCS / "_ext"))
-    lines = [
-        "Takes `x`, *_norm and |y|.",
-        "",
-        "Raises:",
-        "    ValueError: no x",
-        "        or no y.",
-        "    OSError: z.",
-    ]
-    assert restructured(lines) == [
+def test_docstrings_are_taken_as_plain_text(docstrings: ModuleType):
+    lines = ["Takes `x`, *_norm and |y|.", "", "Raises:", "    ValueError: no x", "        or no y."]
+    lines.append("    OSError: z.")
+    assert docstrings.restructured(lines) == [
         r"Takes ``x``\ , \*\_norm and \|y\|.", "",
         "**Raises**", "", "- ValueError: no x or no y.", "- OSError: z.", "",
     ]  # fmt: skip
+
+
+def test_parameters_of_a_docstring_become_a_list(docstrings: ModuleType):
+    lines = ["A sum. a: the first; b, c:", "others, e.g. x: 1.", "Returns it."]
+    made = docstrings.restructured(lines, {"a", "b", "c"})
+    assert made[:-2] == [
+        "A sum.", "", "- a: the first", "- b, c: others, e.g. x: 1.", "", "Returns it.", "",
+    ]  # fmt: skip
+    assert docstrings.restructured(lines) == ["A sum. a: the first; b, c: others, e.g. x: 1. Returns it.", ""]
+
+
+def test_links_out_of_the_documentation_lead_to_pages_of_the_site(generated: ModuleType):
+    page = DOCS / "tutorials" / "few-shot.md"
+    text = "[a](../../README.md) [b](../../flamingo/media.py) [c](../../train/recipes) [d](../data.md#kinds)"
+    made = '[a](../index.md) <a href="../source/flamingo/media.py.html">b</a> c [d](../data.md#kinds)'
+    assert generated.linked(text, page, ROOT) == made
 
 
 # ---- the whole -------------------------------------------------------------------------------------
@@ -196,5 +209,6 @@ def test_the_site_builds_without_warnings_and_without_a_network(tmp_path: Path):
     concepts = (out / "concepts.html").read_text()
     assert concepts.count("<svg xmlns='http://www.w3.org/2000/svg' class='drawing'") == len(drawings())
     assert 'href="../concepts.html' in (out / "api" / "model.html").read_text()
+    assert (out / "source" / "flamingo" / "media.py.html").is_file()
     fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:)?//', concepts)
     assert fetched == []
