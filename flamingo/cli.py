@@ -13,6 +13,7 @@ from flamingo.data.tools import commands as tools
 from flamingo.data.tools.commands import plain_errors
 from flamingo.eval.commands import app as eval_app
 from flamingo.serving import commands as serving
+from flamingo.serving.demo.command import demo
 
 app = typer.Typer(
     help="Flamingo: a frozen language model that sees. Make data, train, evaluate, ask.",
@@ -24,6 +25,7 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
 app.command()(serving.generate)
 app.command()(serving.chat)
+app.command()(demo)
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
 Processes = Annotated[

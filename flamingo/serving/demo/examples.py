@@ -55,3 +55,14 @@ def examples(max_pictures: int) -> list[Example]:
         ),
     ]
     return [example for example in found if len(example.turns) <= max_pictures]
+
+
+def card(example: Example) -> Image.Image:
+    """Its pictures side by side, on a white ground."""
+    pictures = [turn.picture for turn in example.turns if turn.picture is not None]
+    space = SIZE // 8
+    whole = Image.new("RGB", (3 * (SIZE + space) + space, SIZE + 2 * space), "white")
+    left = (whole.width - len(pictures) * (SIZE + space) + space) // 2
+    for number, picture in enumerate(pictures):
+        whole.paste(picture, (left + number * (SIZE + space), space))
+    return whole

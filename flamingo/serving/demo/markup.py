@@ -10,7 +10,7 @@ from html import escape
 from PIL.Image import Image
 
 from flamingo.looking import LookingWord
-from flamingo.serving.demo.overlay import HEAT, dimmed, overlay, places, reduced
+from flamingo.serving.demo.overlay import HEAT, STRENGTH, dimmed, overlay, places, reduced
 from flamingo.serving.engine import Gate
 
 STYLE = """
@@ -19,7 +19,7 @@ STYLE = """
   opacity: .75; max-width: 190px; }
 .said-error { color: #b42318; font-weight: 600; } .said { opacity: .85; }
 .looks { display: flex; flex-wrap: wrap; gap: 14px; }
-.looks figure { margin: 0; width: 240px; } .looks img { width: 100%; border-radius: 6px; }
+.looks figure { margin: 0; flex: 1 1 150px; max-width: 260px; } .looks img { width: 100%; border-radius: 6px; }
 .looks figcaption { font-size: .85em; line-height: 1.35; margin-top: 4px; }
 .scale { display: inline-block; width: 130px; height: 10px; border-radius: 5px; margin: 0 8px; }
 .gates { border-collapse: collapse; width: 100%; max-width: 640px; }
@@ -101,7 +101,9 @@ def looks_html(word: LookingWord, pictures: Sequence[Image], crop: str, top: flo
         )
     if crop == "center" and any(picture.width != picture.height for picture in pictures):
         notes.append("Of a picture that is not square the model sees the centred square; the rest is dimmed.")
-    stops = ", ".join(f"rgb{colour}" for colour in HEAT)
+    # As they look over a light picture.
+    mixed = [[round(STRENGTH * c + (1 - STRENGTH) * 240) for c in colour] for colour in HEAT]
+    stops = ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in mixed)
     scale = (
         f'<p>no look <span class="scale" style="background:linear-gradient(90deg, {stops})"></span> '
         f"{top:.1f} times an even look, or more</p>"

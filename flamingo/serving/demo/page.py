@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from flamingo.data.transforms import FORMATS
 from flamingo.serving.demo import markup
 from flamingo.serving.demo.asking import Asking, Told
-from flamingo.serving.demo.examples import examples
+from flamingo.serving.demo.examples import card, examples
 from flamingo.serving.demo.limits import Limits, check_files
 from flamingo.serving.demo.overlay import reduced
 from flamingo.serving.demo.server import Guard, Place
@@ -150,9 +150,9 @@ def launch(page: gr.Blocks, place: Place, limits: Limits, wait: bool = True) -> 
 
 
 def _gallery(limits: Limits) -> gr.Gallery:
-    shown = [(reduced(e.turns[-1].picture, 128), e.name) for e in examples(limits.max_pictures)]  # type: ignore[arg-type]
+    shown = [(card(example), example.name) for example in examples(limits.max_pictures)]
     return gr.Gallery(
-        shown, label="Prompts to begin with", columns=4, height=190, object_fit="contain", buttons=[],
+        shown, label="Prompts to begin with", show_label=False, columns=4, height=200, object_fit="contain", buttons=[],
         allow_preview=False, interactive=False, elem_id="gallery", format="png",
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def _row(number: int | None, limits: Limits) -> Row:
             preview = gr.HTML(markup.picture_html(None), elem_id=f"{name}-picture", padding=True)
             with gr.Row():
                 upload = gr.UploadButton(
-                    "Choose", size="sm", file_types=ENDINGS,
+                    "Upload", size="sm", file_types=ENDINGS,
                     elem_id=f"{name}-upload", min_width=60,
                 )  # fmt: skip
                 take_out = gr.Button("Remove", size="sm", min_width=60, elem_id=f"{name}-take-out")
