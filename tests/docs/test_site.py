@@ -48,7 +48,8 @@ def docstrings() -> Iterator[ModuleType]:
 def contents(text: str) -> list[str]:
     """The pages of all tables of contents of a page, in order."""
     trees = re.findall(r"^```\{toctree\}\n(.*?)^```", text, re.M | re.S)
-    return [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    lines = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    return [re.sub(r".*<(.+)>$", r"\1", line) for line in lines]
 
 
 def test_every_page_is_in_the_contents_once():
@@ -102,7 +103,7 @@ def test_links_that_lead_nowhere_are_seen(tmp_path: Path):
 
 
 def test_contents_are_read():
-    assert contents("```{toctree}\n:hidden:\n\na\nb/c\n```\n\n```text\nd\n```\n") == ["a", "b/c"]
+    assert contents("```{toctree}\n:hidden:\n\na\nB <b/c>\n```\n\n```text\nd\n```\n") == ["a", "b/c"]
 
 
 # ---- drawings ----------------------------------------------------------------------------------
