@@ -17,9 +17,11 @@ STYLE = """
 .picture img { width: 100%; max-width: 190px; border-radius: 6px; display: block; }
 .picture .none { border: 1px dashed #999; border-radius: 6px; padding: 34px 8px; text-align: center;
   opacity: .75; max-width: 190px; }
+.card { background: white; } .card img { height: 80px; margin: 0 auto; display: block; }
 .said-error { color: #b42318; font-weight: 600; } .said { opacity: .85; }
 .looks { display: flex; flex-wrap: wrap; gap: 14px; }
-.looks figure { margin: 0; flex: 1 1 150px; max-width: 260px; } .looks img { width: 100%; border-radius: 6px; }
+.looks figure { margin: 0; flex: 1 1 150px; max-width: 260px; }
+.looks img { width: 100%; border-radius: 6px; }
 .looks figcaption { font-size: .85em; line-height: 1.35; margin-top: 4px; }
 .scale { display: inline-block; width: 130px; height: 10px; border-radius: 5px; margin: 0 8px; }
 .gates { border-collapse: collapse; width: 100%; max-width: 640px; }
@@ -46,6 +48,11 @@ def picture_html(thumbnail: Image | None, error: str = "") -> str:
         inner = f'<img src="{data_uri(thumbnail)}" alt="picture of the prompt">'
     refused = f'<div class="said-error" role="alert">{escape(error)}</div>' if error else ""
     return f'<div class="picture">{inner}{refused}</div>'
+
+
+def card_html(card: Image) -> str:
+    """Of the gallery; what is to see is named by the button below."""
+    return f'<div class="card"><img src="{data_uri(card)}" alt=""></div>'
 
 
 def status_html(text: str, error: bool = False) -> str:

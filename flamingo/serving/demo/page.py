@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from flamingo.data.transforms import FORMATS
 from flamingo.serving.demo import markup
 from flamingo.serving.demo.asking import Asking, Told
-from flamingo.serving.demo.examples import card, examples
+from flamingo.serving.demo.examples import Example, card, examples
 from flamingo.serving.demo.limits import Limits, check_files
 from flamingo.serving.demo.overlay import reduced
 from flamingo.serving.demo.server import Guard, Place
@@ -108,7 +108,7 @@ def build(asking: Asking, name: str, queue: int) -> gr.Blocks:
                 settings = _settings(limits)
         with gr.Accordion("How far the gates are open", open=False, elem_id="gates"):
             gr.HTML(markup.gates_html(asking.engine.gates()))
-        _arranging(rows, question, shown, add, fresh, gallery, limits)
+        _arranging(rows, question, shown, add, fresh, gallery)
         for row in [*rows, question]:
             _picture_events(row, limits)
 
@@ -149,12 +149,15 @@ def launch(page: gr.Blocks, place: Place, limits: Limits, wait: bool = True) -> 
 # -- what stands on the page --------------------------------------------------------------
 
 
-def _gallery(limits: Limits) -> gr.Gallery:
-    shown = [(card(example), example.name) for example in examples(limits.max_pictures)]
-    return gr.Gallery(
-        shown, label="Prompts to begin with", show_label=False, columns=4, height=200, object_fit="contain", buttons=[],
-        allow_preview=False, interactive=False, elem_id="gallery", format="png",
-    )  # fmt: skip
+def _gallery(limits: Limits) -> list[tuple[Example, gr.Button]]:
+    """Each example's pictures with a button below that puts it into the prompt."""
+    made = []
+    with gr.Row(elem_id="gallery"):
+        for example in examples(limits.max_pictures):
+            with gr.Column(min_width=180), gr.Group():
+                gr.HTML(markup.card_html(card(example)), padding=True)
+                made.append((example, gr.Button(example.name, size="md")))
+    return made
 
 
 def _row(number: int | None, limits: Limits) -> Row:
@@ -232,7 +235,12 @@ def _picture_events(row: Row, limits: Limits) -> None:
 
 
 def _arranging(
-    rows: list[Row], question: Row, shown: gr.State, add: Any, fresh: Any, gallery: gr.Gallery, limits: Limits
+    rows: list[Row],
+    question: Row,
+    shown: gr.State,
+    add: Any,
+    fresh: Any,
+    gallery: list[tuple[Example, gr.Button]],
 ) -> None:
     """Events that change which examples there are, and in which order."""
     blank: tuple[Any, str, str] = (None, "", "")
@@ -257,14 +265,12 @@ def _arranging(
         asked = [last[0], markup.picture_html(last[0] and last[0].small), last[1]]
         return [*place([*before, *[blank] * (len(rows) - len(before))], len(before)), *asked]
 
-    def load(event: gr.SelectData) -> list[Any]:
-        return fill(examples(limits.max_pictures)[event.index].turns)
-
     everything = [*placed, question.held, question.preview, question.text]
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     add.click(partial(arrange, "add", 0), state, placed, **quiet)
     fresh.click(lambda: fill(()), None, everything, **quiet)
-    gallery.select(load, None, everything, **quiet)
+    for example, button in gallery:
+        button.click(partial(fill, example.turns), None, everything, **quiet)
     for number, row in enumerate(rows):
         with row.block, gr.Row():
             for action, label in (("up", "Up"), ("down", "Down"), ("remove", "Remove this example")):
