@@ -176,5 +176,6 @@ def share(text: str) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # its end is the parent's
+    while os.read(0, 1):  # its end is the parent's; sys.stdin has a lock that Python waits for at its end
+        pass
     os._exit(1)
