@@ -70,7 +70,7 @@ def settings(name: str) -> str:
         if re.match(r"[a-z]+\b(?![._])", meaning):
             meaning = meaning[:1].upper() + meaning[1:]
         kind = f"`{type_name(field.annotation)}`{_limits(field)}"
-        rows.append((f"`{key}`", kind, _default(field), meaning))
+        rows.append((f"`{key}`", kind, _default(field), plain(meaning)))
     return table("setting", "type", "default", "meaning", rows=rows)
 
 
@@ -140,9 +140,9 @@ def _usage(command: Any, context: Any, path: str) -> Iterator[str]:
 
 
 def plain(text: str) -> str:
-    """Help as Markdown: what it holds of <, * and the like is no markup."""
-    text = re.sub(r"[\b\f]", "", inspect.cleandoc(text))
-    return re.sub(r"(?<!`)([<>*_\[\]])(?!`)", r"\\\1", text)
+    """Help as Markdown: what it holds of <, * and the like is no markup, but `code` is code."""
+    parts = re.split(r"(`[^`\n]+`)", re.sub(r"[\b\f]", "", inspect.cleandoc(text)))
+    return "".join(p if p.startswith("`") else re.sub(r"([<>*_\[\]])", r"\\\1", p) for p in parts)
 
 
 # ---- pages ---------------------------------------------------------------------------------------

@@ -161,6 +161,10 @@ def test_every_command_is_shown(generated: ModuleType):
     assert "`--max-new-tokens" in shown and "\\<image\\>" in shown
 
 
+def test_what_help_says_is_no_markup_but_code_is(generated: ModuleType):
+    assert generated.plain("<image> a_b*, `c_d*` [x]") == r"\<image\> a\_b\*, `c_d*` \[x\]"
+
+
 def test_docstrings_are_taken_as_plain_text(docstrings: ModuleType):
     lines = ["Takes `x`, *_norm and |y|.", "", "Raises:", "    ValueError: no x", "        or no y."]
     lines.append("    OSError: z.")
