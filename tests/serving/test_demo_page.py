@@ -225,3 +225,19 @@ def test_bad_files_and_bad_prompts_are_told_on_the_page(served: Served, browser:
     page.click("#ask")
     page.locator("#words label").first.wait_for()
     page.close()
+
+
+@pytest.mark.slow
+def test_twenty_browsers_that_ask_at_once_are_all_answered(served: Served, browser: Any) -> None:
+    contexts = [browser.new_context() for _ in range(20)]
+    pages = [context.new_page() for context in contexts]
+    for page in pages:
+        page.goto(served.url)
+        page.fill("#question-text textarea", ASKED)
+    for page in pages:
+        page.click("#ask")
+    for page in pages:
+        page.locator("#words label").first.wait_for(timeout=120_000)
+        assert "tokens" in page.inner_text("#status")
+    for context in contexts:
+        context.close()

@@ -17,6 +17,8 @@ STYLE = """
 .picture img { width: 100%; max-width: 190px; border-radius: 6px; display: block; }
 .picture .none { border: 1px dashed #999; border-radius: 6px; padding: 34px 8px; text-align: center;
   opacity: .75; max-width: 190px; }
+.gr-group, .gr-group .styler { background: var(--block-background-fill); }
+.gr-group { border: 1px solid var(--border-color-primary); }
 .card { background: white; } .card img { height: 80px; margin: 0 auto; display: block; }
 .said-error { color: #b42318; font-weight: 600; } .said { opacity: .85; }
 .looks { display: flex; flex-wrap: wrap; gap: 14px; }
