@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
 PINNED = re.compile(r"uses: [\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
-# What a stranger decides: a name of a branch or a title may hold shell.
+# Put into a script it is read as shell, whoever wrote it: scripts get what they need in variables.
 EXPRESSION = re.compile(r"\$\{\{")
 
 each = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -212,7 +212,7 @@ def test_a_tag_that_is_not_the_version_is_refused(notes: Any):
     import flamingo
 
     assert notes.version_of((ROOT / "flamingo" / "__init__.py").read_text()) == flamingo.__version__
-    with pytest.raises(ValueError, match=f"the tag must be 'v{flamingo.__version__}'"):
+    with pytest.raises(ValueError, match=f"tag it 'v{flamingo.__version__}'"):
         notes.main("v99.0.0")
 
 
@@ -222,10 +222,10 @@ def test_a_tag_that_is_not_the_version_is_refused(notes: Any):
 def test_the_wheel_holds_all_that_the_package_reads(tmp_path: Path):
     """Also what no import names: recipes, templates and pages of both rooms that are links."""
     tree = tmp_path / "tree"
+    given = ("flamingo", "train", "eval", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
     tracked = subprocess.run(
-        ["git", "ls-files", "-z", "flamingo", "train", "eval", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        ["git", "ls-files", "-z", *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     names = [name for name in tracked.stdout.split("\0") if name and (ROOT / name).exists()]
     for name in names:
         target = tree / name
@@ -246,5 +246,5 @@ def test_the_wheel_holds_all_that_the_package_reads(tmp_path: Path):
         for name in names
         if name.startswith(("flamingo/", "train/", "eval/")) and not (ROOT / name).is_symlink()
     }
-    assert wanted - held == set()
+    assert len(wanted) > 200 and wanted - held == set()
     assert {name.partition("/")[0] for name in held if ".dist-info/" not in name} == {"flamingo"}

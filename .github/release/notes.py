@@ -36,9 +36,7 @@ def main(tag: str) -> str:
     """The notes of a tag. Raises ValueError."""
     version = version_of((ROOT / "flamingo" / "__init__.py").read_text())
     if tag != f"v{version}":
-        raise ValueError(
-            f"tag {tag!r}, but flamingo/__init__.py says {version!r}: the tag must be 'v{version}'"
-        )
+        raise ValueError(f"tag {tag!r}, but flamingo/__init__.py says {version!r}: tag it 'v{version}'")
     return notes((ROOT / "CHANGELOG.md").read_text(), version)
 
 
