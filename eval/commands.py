@@ -67,7 +67,7 @@ def run(
 ) -> None:
     """Evaluate a model few-shot, with controls that show whether pictures matter.
 
-    Writes report.html, eval.json and the answers, one line each. Stopped, the
+    Writes eval.html, eval.json and the answers, one line each. Stopped, the
     same command goes on. Under torchrun, deepspeed or srun, the processes that
     those start share the queries: torchrun -m flamingo.eval MODEL ...
     """
@@ -129,7 +129,9 @@ def describe(
 def compare(
     one: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
     other: Annotated[Path, typer.Argument(help="Another, of the same benchmark.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for compare.html. Default: the first's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for eval-compare.html. Default: the first's.")
+    ] = None,
 ) -> None:
     """Two evaluations of one benchmark, query by query: which differences are more than chance."""
     from flamingo.eval.results.compare import compare as compared

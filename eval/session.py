@@ -75,7 +75,7 @@ def fingerprint(model: Path) -> str:
 def evaluate(
     model: Path, out: Path, config: EvalConfig, processes: int | None = None, overwrite: bool = False
 ) -> dict:
-    """Evaluate a model folder; writes eval.json, gallery.json, report.html and answers/ into `out`.
+    """Evaluate a model folder; writes eval.json, gallery.json, eval.html and answers/ into `out`.
 
     Started by a launcher (torchrun, deepspeed, srun), its processes share the queries, and this returns
     on all of them what rank 0 collected ({} on the others); else so many processes are started here.

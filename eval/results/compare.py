@@ -63,7 +63,7 @@ class Pair:
 
 
 def compare(one: Path, other: Path, out: Path | None = None) -> str:
-    """Write compare.html and compare.json into `out`, or the first folder; returns the table as text.
+    """Write eval-compare.html and eval-compare.json into `out`, or the first folder; the table as text.
 
     Raises ValueError for folders that hold no finished evaluation, other benchmarks, splits or
     metrics, no common setting, no common query, or common queries with other reference answers.
@@ -82,9 +82,9 @@ def compare(one: Path, other: Path, out: Path | None = None) -> str:
     folder = out or one
     folder.mkdir(parents=True, exist_ok=True)
     found = described(left, right, pairs)
-    (folder / "compare.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    (folder / "compare.html").write_text(_page(found), encoding="utf-8")
-    return f"{table(left, pairs)}\n{folder / 'compare.html'}"
+    (folder / "eval-compare.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    (folder / "eval-compare.html").write_text(_page(found), encoding="utf-8")
+    return f"{table(left, pairs)}\n{folder / 'eval-compare.html'}"
 
 
 # ---- pairs ---------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _swaps(both: Callable[..., tuple[float, float]], queries: int, seeds: int, o
 
 
 def described(one: Evaluation, other: Evaluation, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What compare.json holds."""
+    """What eval-compare.json holds."""
     first = one.figures["metrics"][0]
     configs = [{**side.figures["config"], "model": side.figures.get("model")} for side in (one, other)]
     names = [name for name in configs[0] if configs[0][name] != configs[1].get(name)]

@@ -1,4 +1,4 @@
-"""An evaluation's page: report.html beside eval.json, one file that opens from disk.
+"""An evaluation's page: eval.html beside eval.json, one file that opens from disk.
 
 Wording of tables is here and in page.html.jinja, that of conclusions in `controls`.
 """
@@ -39,7 +39,7 @@ SETTINGS = {  # of the config, as the page calls them
 
 
 def write(out: Path) -> Path:
-    """Write report.html into an evaluation's folder; returns its path.
+    """Write eval.html into an evaluation's folder; returns its path.
 
     Needs eval.json and the answers; takes gallery.json where it is there. Raises ValueError for what is
     missing or damaged, and without matplotlib.
@@ -48,13 +48,13 @@ def write(out: Path) -> Path:
         from flamingo.eval import report
     except ImportError as error:
         raise ValueError(
-            f"report.html needs {error.name}: pip install 'flamingo-vlm[eval]', then the same command "
+            f"eval.html needs {error.name}: pip install 'flamingo-vlm[eval]', then the same command "
             "again; eval.json and the answers are there"
         ) from None
     evaluation = Evaluation.read(out)
     gallery = report.read_gallery(out / "gallery.json")
     html = environment().get_template("page.html.jinja").render(view(evaluation, gallery))
-    path = out / "report.html"
+    path = out / "eval.html"
     path.write_text(html, encoding="utf-8")
     return path
 

@@ -68,14 +68,14 @@ def test_two_processes_of_deepspeed_give_the_very_same_answers(alone, trained, t
 
 
 def test_the_page_tells_scores_controls_and_settings(alone):
-    page = (alone / "report.html").read_text()
+    page = (alone / "eval.html").read_text()
     assert "easy-VQA" in page and "images blanked" in page and "data:image/png;base64," in page
 
 
 def test_two_evaluations_are_compared(alone, cli):
     done = cli("eval", "compare", alone, alone)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (alone / "compare.html").is_file()
+    assert (alone / "eval-compare.html").is_file()
 
 
 def test_training_evaluates_on_the_way_on_all_ranks(world, tmp_path, cli):

@@ -91,6 +91,7 @@ def test_evaluation_report_and_use_of_the_trained_model(trained: Path, tmp_path:
     assert report["train_seconds"] > 0 and report["samples_per_second"] > 0
     page = (trained / "report.html").read_text()
     assert "<svg" in page and "data:image/png;base64," in page
+    assert "images blanked" in (trained / "eval.html").read_text(), "the evaluation's page is beside it"
 
     picture = tmp_path / "picture.png"
     Image.new("RGB", (64, 64), "blue").save(picture)

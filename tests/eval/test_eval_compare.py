@@ -25,9 +25,9 @@ def colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def compared(one: Path, other: Path, out: Path | None = None) -> tuple[dict[str, dict], dict, str]:
-    """(pairs by setting, compare.json, the table)."""
+    """(pairs by setting, eval-compare.json, the table)."""
     text = compare(one, other, out)
-    found = json.loads(((out or one) / "compare.json").read_text())
+    found = json.loads(((out or one) / "eval-compare.json").read_text())
     return {pair["name"]: pair for pair in found["pairs"]}, found, text
 
 
@@ -53,7 +53,7 @@ def test_answers_to_the_same_query_are_paired_and_tested_exactly(colours, tmp_pa
     assert found["headline"].startswith("B is worse at 0-shot (-") and found["headline"] in text
     assert re.search(r"^0-shot +\d.*more than chance$", text, re.M)
     assert re.search(r"^0-shot, images blanked .*may be chance$", text, re.M)
-    assert str(one / "compare.html") in text
+    assert str(one / "eval-compare.html") in text
 
 
 def test_an_evaluation_beside_itself_differs_in_nothing(colours, tmp_path):
@@ -61,8 +61,8 @@ def test_an_evaluation_beside_itself_differs_in_nothing(colours, tmp_path):
     pairs, found, _ = compared(one, one, tmp_path / "out" / "deep")
     assert all(p["p"] == p["p_holm"] == 1.0 and p["difference"] == 0 for p in pairs.values())
     assert found["headline"] == "No difference is more than chance." and found["same_model"]
-    page = (tmp_path / "out" / "deep" / "compare.html").read_text()
-    assert "Both are of the same model." in page and not (one / "compare.html").exists()
+    page = (tmp_path / "out" / "deep" / "eval-compare.html").read_text()
+    assert "Both are of the same model." in page and not (one / "eval-compare.html").exists()
 
 
 def test_p_values_count_for_all_settings_together(colours, tmp_path):
@@ -130,7 +130,7 @@ def test_the_page_shows_what_changed_and_needs_nothing_from_outside(colours, tmp
     one = made.write(tmp_path / "a", made.Answerer(0.95))
     other = made.write(tmp_path / "b", made.Answerer(0.4), beams=1)
     _, found, _ = compared(one, other)
-    text = (one / "compare.html").read_text()
+    text = (one / "eval-compare.html").read_text()
     assert found["pairs"][0]["changed"][0]["question"] in text and "beams" in text
     for pair in found["pairs"]:
         assert pair["name"].replace("'", "&#39;") in text
@@ -146,7 +146,7 @@ def test_text_of_answers_is_escaped(colours, tmp_path):
         lines = [json.dumps({**r, "prediction": "<script>x</script>"}) + "\n" for r in records]
         file.write_text("".join(lines))
     compare(one, other)
-    text = (one / "compare.html").read_text()
+    text = (one / "eval-compare.html").read_text()
     assert "<script" not in text and "&lt;script&gt;" in text
 
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_compared_is_refused(colours, tmp_path, fields, said):
     change(other, **fields)
     with pytest.raises(ValueError, match=said):
         compare(one, other)
-    assert not (one / "compare.html").exists() and not (one / "compare.json").exists()
+    assert not (one / "eval-compare.html").exists() and not (one / "compare.json").exists()
 
 
 def test_a_folder_without_an_evaluation_is_named(colours, tmp_path):

@@ -362,7 +362,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(colours, tmp_path, name, con
     (out / name).unlink() if content is None else (out / name).write_text(content)
     with pytest.raises(ValueError, match=said):
         page.write(out)
-    assert not (out / "report.html").exists()
+    assert not (out / "eval.html").exists()
 
 
 def test_without_matplotlib_the_figures_are_said_to_be_there(colours, tmp_path):
