@@ -25,6 +25,13 @@ class Expanded:
     segment_ids: Tensor | None = None
     labels: Tensor | None = None
 
+    def mask_and_positions(self) -> tuple[Tensor | None, Tensor | None]:
+        """attention_mask and position_ids that the LM needs besides: none where nothing is padded, or
+        where segments tell both."""
+        if self.segment_ids is not None or bool(self.attention_mask.all()):
+            return None, None
+        return self.attention_mask, (self.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+
 
 def expand(
     input_ids: Tensor,

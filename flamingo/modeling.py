@@ -100,7 +100,9 @@ class FlamingoForConditionalGeneration(
         super().__init__(config)
         text = config.get_text_config()
         self.vision_encoder = vision.build(config.vision_config)  # type: ignore[arg-type]
-        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(text)
+        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(
+            text, trust_remote_code=False
+        )
         tables = (self.get_input_embeddings(), self.get_output_embeddings())
         # Of a table that lies in pieces on several ranks, only `ds_shape` tells the size.
         shapes = [getattr(table.weight, "ds_shape", table.weight.shape) for table in tables]
@@ -290,25 +292,14 @@ class FlamingoForConditionalGeneration(
                 assert position_ids is None and look_ahead is None, "not for rows that are expanded"
                 long = self.expand(input_ids, attention_mask, segment_ids, labels)
                 input_ids, labels, segment_ids = long.input_ids, long.labels, long.segment_ids
-                if segment_ids is None and not bool(long.attention_mask.all()):
-                    attention_mask = long.attention_mask
-                    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
-                else:
-                    attention_mask = None
+                attention_mask, position_ids = long.mask_and_positions()
             seen, since = self.sight(input_ids, media, segment_ids, look_ahead)
             held = SightLayer.of(cache)
             if held is not None:
                 media, seen, since = held.then(media, seen, since)
-        keep = targets = None
-        if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-            keep = targets != -100
+        keep, targets = _kept(input_ids, labels, logits_to_keep, long)
+        if targets is not None:
             kwargs.setdefault("use_cache", False)
-        elif logits_to_keep:
-            keep = torch.zeros_like(input_ids, dtype=torch.bool)
-            last = torch.arange(input_ids.shape[1], device=input_ids.device)[-logits_to_keep:]
-            last = last.expand(len(input_ids), -1) if long is None else long.last[:, -logits_to_keep:]
-            keep.scatter_(1, last, True)
         if segment_ids is not None:
             # transformers tells packed documents by positions that restart, without mask and cache.
             assert attention_mask is None and self._takes_positions, "these rows cannot be packed"
@@ -384,3 +375,19 @@ class FlamingoForConditionalGeneration(
             return maps
         rows = torch.arange(len(ids), device=ids.device)[:, None]
         return maps[rows, last]
+
+
+def _kept(
+    input_ids: Tensor, labels: Tensor | None, logits_to_keep: int, long: Expanded | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """bool[B, T] of the positions whose logits are wanted, None: all; int64[B, T] of what they
+    predict, -100 for nothing, None without labels."""
+    if labels is not None:
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        return targets != -100, targets
+    if not logits_to_keep:
+        return None, None
+    keep = torch.zeros_like(input_ids, dtype=torch.bool)
+    last = torch.arange(input_ids.shape[1], device=input_ids.device)[-logits_to_keep:]
+    last = last.expand(len(input_ids), -1) if long is None else long.last[:, -logits_to_keep:]
+    return keep.scatter_(1, last, True), None
