@@ -54,6 +54,8 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     before = ""
     for place in range(len(ids)):  # the text so far, since a token alone may lose its blank
         now = tokenizer.decode(ids[: place + 1], skip_special_tokens=True)
+        if place + 1 < len(ids):  # the first bytes of a character that is not there yet
+            now = now.rstrip("\ufffd")
         piece, before = now[len(before) :], now
         if not words or (piece[:1].isspace() and words[-1][0].strip()):
             words.append((piece, [place]))

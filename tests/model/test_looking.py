@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flamingo.looking import token_maps
+from flamingo.looking import token_maps, words_of
+from tests.eval.harness_model import tokenizer as byte_tokenizer
 from tests.model.conftest import IMAGE, Build
 
 ASKED, SAID = [IMAGE, 5, 6, IMAGE, 7, 8], [9, 10]
@@ -29,3 +30,11 @@ def test_the_picture_just_before_has_all_of_it(build: Build, pixels: torch.Tenso
 def test_without_pictures_there_are_no_maps(build: Build, pixels: torch.Tensor) -> None:
     model = build()
     assert token_maps(model, [5, 6], SAID, pixels[:0]).shape == (3, 0, 2, 2)
+
+
+def test_a_character_of_several_tokens_stays_in_its_word() -> None:
+    words = byte_tokenizer()
+    ids = words(" un été, 夏!", add_special_tokens=False)["input_ids"]
+    found = words_of(words, ids)
+    assert [word for word, _ in found] == ["un", "été,", "夏!"]
+    assert [place for _, places in found for place in places] == list(range(len(ids)))
