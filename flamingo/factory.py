@@ -48,8 +48,10 @@ def create(
     source = vision_sources.source(source_name)
     if not name:
         raise ValueError(f"vision={vision!r}: write source:name, e.g. timm:tf_efficientnet_lite0")
-    tokenizer = AutoTokenizer.from_pretrained(language)
-    language_model = AutoModelForCausalLM.from_pretrained(language, dtype=frozen_dtype)
+    tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        language, dtype=frozen_dtype, trust_remote_code=False
+    )
     first_added = len(tokenizer)
     known = [token for token in ADDED_TOKENS if token in tokenizer.get_vocab()]
     if known:

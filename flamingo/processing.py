@@ -5,6 +5,7 @@ B rows, T tokens, N images of all rows, S pixels a side.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 
 from flamingo import chat
 from flamingo.config import ADDED_TOKENS, FlamingoConfig
 from flamingo.data.transforms import ImageTransform, decode_image
 
 END_OF_CHUNK, IMAGE = ADDED_TOKENS
+LARGEST = 100 << 20  # bytes of a picture that is fetched
+SECONDS = 60.0  # without a byte of it
 
 
 class FlamingoImageProcessor(BaseImageProcessor):
@@ -58,13 +60,44 @@ class FlamingoImageProcessor(BaseImageProcessor):
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
-        image = load_image(image)
-    elif isinstance(image, (str, Path)):
-        image = decode_image(Path(image).read_bytes())
+    if isinstance(image, (str, Path)):
+        image = decode_image(_bytes(image))
     if min(image.size) < 1:
         raise ValueError(f"a picture of {image.size[0]} x {image.size[1]} pixels shows nothing")
     return image
+
+
+def _bytes(image: str | Path) -> bytes:
+    """Of a file, an address or a data URI. Not `load_image` of transformers: that decodes every format
+    that Pillow knows, also those that start other programs.
+
+    Raises ValueError for an address or a URI that holds none; OSError for a file.
+    """
+    if isinstance(image, str) and image.startswith("data:image/"):
+        head, _, code = image.partition(",")
+        try:
+            return base64.b64decode(code)
+        except ValueError as error:
+            raise ValueError(f"picture {head[:60]!r}: no base64 follows: {error}") from None
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return _fetched(image)
+    return Path(image).read_bytes()
+
+
+def _fetched(address: str) -> bytes:
+    import requests
+
+    held = bytearray()
+    try:
+        with requests.get(address, stream=True, timeout=SECONDS) as answer:
+            answer.raise_for_status()
+            for block in answer.iter_content(1 << 20):
+                held += block
+                if len(held) > LARGEST:
+                    raise ValueError(f"picture {address}: larger than {LARGEST >> 20} MB; fetch it yourself")
+    except requests.RequestException as error:
+        raise ValueError(f"picture {address} cannot be fetched: {error}") from error
+    return bytes(held)
 
 
 class FlamingoProcessor(ProcessorMixin):
@@ -138,6 +171,11 @@ class FlamingoProcessor(ProcessorMixin):
             conversations = [chat.as_text(turns, IMAGE) for turns in conversations]
         turns = conversations if is_batch else conversations[0]
         return super().apply_chat_template(turns, chat_template, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; without `trust_remote_code=True` code of a folder is refused, not asked for."""
+        return super().from_pretrained(*args, **{"trust_remote_code": False, **kwargs})
 
     @classmethod
     def for_model(cls, config: FlamingoConfig, tokenizer) -> FlamingoProcessor:

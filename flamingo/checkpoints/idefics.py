@@ -86,8 +86,8 @@ def convert(folder: Path, out: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there: name the folder of an Idefics")
     try:
-        source: Any = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        source: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: {first_line(error)}") from error
     check_source(folder, source)

@@ -32,9 +32,9 @@ def convert(folder: Path, out: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there: name the folder of a LLaVA")
     try:
-        source: Any = AutoConfig.from_pretrained(folder)
+        source: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_source(folder, source)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         theirs: Any = LlavaForConditionalGeneration.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"{folder}: {first_line(error)}") from error
@@ -102,7 +102,7 @@ def configuration(folder: Path, source: Any, tokenizer: Any) -> FlamingoConfig:
 def language_model_of(theirs: Any) -> nn.Module:
     """The causal LM within, of its own class."""
     config = copy.deepcopy(theirs.config.text_config)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=theirs.dtype)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=theirs.dtype, trust_remote_code=False)
     base = getattr(model, model.base_model_prefix)
     base.load_state_dict(theirs.model.language_model.state_dict())
     model.get_output_embeddings().load_state_dict(theirs.lm_head.state_dict())

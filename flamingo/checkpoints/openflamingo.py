@@ -100,10 +100,10 @@ def convert(checkpoint: Path, vision: str, language: str, every: int, out: Path)
 def describe_language(name: str) -> Language:
     """Sizes and names of the LM, without its weights. Raises ValueError where there is none."""
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokens = len(AutoTokenizer.from_pretrained(name))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokens = len(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
         with torch.device("meta"):
-            lm: Any = AutoModelForCausalLM.from_config(config)
+            lm: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--language {name}: {first_line(error)}") from error
     layers = find_decoder_layers(lm)

@@ -49,7 +49,7 @@ def describe(name: str, **tower) -> FlamingoVisionConfig:
     """
     if "embed_dim" not in tower:
         try:
-            config: Any = AutoConfig.from_pretrained(name)
+            config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"vision name {name!r}: no folder with the config.json of an Idefics") from error
         if config.model_type != "idefics":

@@ -173,7 +173,7 @@ def _tower(name: str, fields: dict) -> nn.Module:
     fields = dict(fields)
     kind = fields.pop("model_type")
     try:
-        tower = AutoModel.from_config(AutoConfig.for_model(kind, **fields))
+        tower = AutoModel.from_config(AutoConfig.for_model(kind, **fields), trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
             f"vision name {name!r}: AutoModel cannot build a {kind}: {_first_line(error)}"

@@ -63,7 +63,7 @@ def configuration(recipe: Recipe) -> FlamingoConfig:
 def language_config(name: str) -> Any:
     """The LM's config, of a folder, the local cache or the hub. Raises ValueError where there is none."""
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.language={name!r}: its config.json is neither in a folder of this name nor in the local "
