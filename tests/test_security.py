@@ -175,3 +175,15 @@ def test_what_cannot_be_fetched_or_read_is_one_error(processor: FlamingoProcesso
     monkeypatch.setattr("flamingo.processing.LARGEST", 10)
     with pytest.raises(ValueError, match="larger than"):
         processor(text=IMAGE, images=there)
+
+
+# -- the page ------------------------------------------------------------------------------
+
+
+def test_the_page_names_files_and_tests_that_exist():
+    words = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "security.md").read_text()))
+    files = {word for word in words if re.fullmatch(r"(flamingo|train|eval|tests)/[\w/]+\.py", word)}
+    named = {word for word in words if re.fullmatch(r"test_\w+", word)}
+    texts = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(files) > 5 and [name for name in files if not (ROOT / name).is_file()] == []
+    assert len(named) > 20 and [name for name in named if f"def {name}(" not in texts] == []
