@@ -177,6 +177,29 @@ def test_what_cannot_be_fetched_or_read_is_one_error(processor: FlamingoProcesso
         processor(text=IMAGE, images=there)
 
 
+# -- videos --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_a_playlist_in_place_of_a_video_opens_nothing(form: str, address, tmp_path: Path):
+    av = pytest.importorskip("av")
+    from flamingo.data.errors import BadSample
+    from flamingo.data.kinds import video
+
+    segment = tmp_path / "segment.ts"
+    with av.open(segment, "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width = stream.height = 64
+        for _ in range(25):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 64), "red"))))
+        container.mux(stream.encode())
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{segment}\n#EXT-X-ENDLIST\n".encode()
+    with av.open(io.BytesIO(playlist), format="hls") as container:  # taken for what it is, it reads a file
+        assert next(container.decode(video=0)).width == 64
+    with pytest.raises(BadSample, match="damaged video"):
+        video.read({form: playlist, "txt": b"a red picture"}, "1")
+
+
 # -- the page ------------------------------------------------------------------------------
 
 
