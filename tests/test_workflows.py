@@ -166,9 +166,38 @@ def test_scripts_have_no_faults_of_the_shell(tmp_path: Path):
 def test_tools_of_a_release_are_locked_with_hashes():
     wanted = set((GITHUB / "release" / "tools.in").read_text().split())
     locked = (GITHUB / "release" / "tools.txt").read_text()
-    pins = re.findall(r"^([\w-]+)==\S+((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", locked, re.MULTILINE)
+    pins = re.findall(r"^([\w.-]+)==[^\n]+?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", locked, re.MULTILINE)
     assert wanted <= {name for name, _ in pins}
     assert len(pins) == len(re.findall(r"^\w", locked, re.MULTILINE)) and "://" not in locked
+
+
+def test_the_audit_asks_for_all_pins_and_for_nothing_that_was_waived(tmp_path: Path):
+    shutil.copytree(GITHUB / "release", tmp_path / ".github" / "release")
+    waivers = tmp_path / ".github" / "release" / "waivers.txt"
+    waivers.write_text(waivers.read_text() + "\nPYSEC-2026-7  # not ours; until 2027-01-01\n")
+    locks = tmp_path / "docker" / "locks"
+    locks.mkdir(parents=True)
+    (locks / "a.txt").write_text(
+        "--index-url https://x\nTorch.x==2.14.1+cpu \\\n    --hash=sha256:00\nb==1 ; a > 'b' \\\n"
+    )
+    fake = tmp_path / "pip-audit"
+    fake.write_text(
+        '#!/bin/sh\necho "$@"; for last; do case $last in */tmp*) cat "$last" ;; esac; done; exit "$STATUS"\n'
+    )
+    fake.chmod(0o755)
+
+    def audit(*given: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": "/usr/bin:/bin", "TOOLS": str(tmp_path), "STATUS": str(status)}
+        script = tmp_path / ".github" / "release" / "audit.sh"
+        return subprocess.run([str(script), *given], env=env, capture_output=True, text=True, timeout=20)
+
+    told = audit().stdout
+    assert "--ignore-vuln PYSEC-2026-7" in told and told.count("--ignore-vuln") == 1
+    assert told.endswith("Torch.x==2.14.1\nb==1\n")
+    site = tmp_path / "venv" / "lib" / "python3.12" / "site-packages"
+    site.mkdir(parents=True)
+    assert f"--path {site} --ignore-vuln PYSEC-2026-7" in audit(str(tmp_path / "venv")).stdout
+    assert audit(status=1).returncode == 1 and audit(str(tmp_path / "venv"), status=1).returncode == 1
 
 
 # -- notes of a release ----------------------------------------------------------------------
