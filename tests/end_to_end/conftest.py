@@ -16,13 +16,16 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flamingo.data.easy_vqa import load_split, write_shards
+from tests import warm
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
 def run_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """`flamingo ...` as a user runs it; its output as text."""
-    command = [sys.executable, "-m", "flamingo.cli", *map(str, arguments)]
-    env = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    """`flamingo ...` in a process that need not import first; its output as text."""
+    return warm.run("flamingo.cli", *arguments, cwd=cwd, env=environment())
 
 
 def language_folder(out: Path) -> Path:
@@ -104,12 +107,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(world: Path) -> Path:
     """The run folder of the recipe, trained by the real launcher on two ranks."""
-    done = run_cli("train", world / "recipe.yaml", "--processes", "2")
+    command = [sys.executable, "-m", "flamingo.cli", "train", str(world / "recipe.yaml"), "--processes", "2"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return world / "run"
 
 
 @pytest.fixture(scope="session")
 def cli():
-    """`flamingo ...` as a user runs it."""
+    """`flamingo ...`, see `run_cli`."""
     return run_cli
