@@ -30,9 +30,6 @@ source_suffix = {".md": "markdown"}
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 
-# The contents may name a page that is still being written; a page that they leave out is a warning.
-suppress_warnings = ["toc.not_readable"]
-
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
