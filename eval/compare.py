@@ -94,9 +94,7 @@ def read_run(folder: Path, name: str) -> Run:
     train, evaluation = (report.read_json(folder / file) for file in ("train.json", "eval.json"))
     run = Run(name, folder, records, recipe, train, evaluation, notes)
     if not run.finished:
-        written = datetime.datetime.fromtimestamp(
-            (folder / "metrics.jsonl").stat().st_mtime, tz=datetime.timezone.utc
-        )
+        written = datetime.datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, tz=datetime.UTC)
         of = f" of {run.steps:,}" if run.steps else ""
         notes.append(
             f"goes on, or was stopped: its last record is step {run.last:,}{of}, "
