@@ -55,7 +55,7 @@ class FlamingoImageProcessor(BaseImageProcessor):
         stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
         return BatchFeature({"pixel_values": stacked}, tensor_type=return_tensors)
 
-    def __call__(self, images, *args, **kwargs) -> BatchFeature:
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         return self.preprocess(images, **kwargs)
 
 
