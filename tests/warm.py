@@ -39,7 +39,7 @@ def run(
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module words...`; its output as text. Raises subprocess.TimeoutExpired."""
-    command = [sys.executable, "-m", module, *map(os.fspath, words)]
+    command = [sys.executable, "-m", module, *(os.fspath(word) for word in words)]
     env = dict(os.environ if env is None else env)
     if not WARM:
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
@@ -90,7 +90,8 @@ class Forked(subprocess.Popen):
         command = [word for word in asked["args"] if word != "-u"]
         pipes = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         if command[:2] != [sys.executable, "-m"] or pipes != [-1] * 3 or asked["preexec_fn"]:
-            return start(*given)
+            start(*given)
+            return
         self.pid = os.fork()
         if not self.pid:
             _born(command[2:], asked["cwd"], asked["env"], asked["start_new_session"])

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import ProcessContext, start_processes
+
+from tests.warm import METHOD, take_environment
 
 
 def free_port() -> int:
@@ -18,7 +21,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(rank: int, ranks: int, port: int, folder: str, call: Callable[..., Any], arguments: tuple) -> None:
+def start(
+    ranks: int, folder: Path, call: Callable[..., Any], arguments: tuple, fresh: bool = False
+) -> ProcessContext:
+    """Start the ranks; see `in_ranks`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    given = (ranks, free_port(), str(folder), dict(os.environ), call, arguments)
+    method = "spawn" if fresh else METHOD
+    started = start_processes(_rank, given, ranks, join=False, start_method=method)
+    assert started
+    return started
+
+
+def _rank(
+    rank: int,
+    ranks: int,
+    port: int,
+    folder: str,
+    env: dict[str, str],
+    call: Callable[..., Any],
+    arguments: tuple,
+) -> None:
+    import flamingo.registration  # noqa: F401 - what importing flamingo does, but in a command
+
+    take_environment(env)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
@@ -36,12 +62,14 @@ def _rank(rank: int, ranks: int, port: int, folder: str, call: Callable[..., Any
         leave_group()
 
 
-def in_ranks(ranks: int, folder: Path, call: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `call(*arguments)` gives on each of so many ranks; it must be importable."""
-    folder.mkdir(parents=True, exist_ok=True)
-    context = torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
-        _rank, (ranks, free_port(), str(folder), call, arguments), ranks, join=False, start_method="spawn"
-    )
+def in_ranks(
+    ranks: int, folder: Path, call: Callable[..., Any], *arguments: Any, fresh: bool = False
+) -> list[Any]:
+    """What `call(*arguments)` gives on each of so many ranks; it must be importable.
+
+    fresh: start Python anew, where that matters; else ranks begin with their imports done.
+    """
+    context = start(ranks, folder, call, arguments, fresh)
     try:
         while not context.join():
             pass

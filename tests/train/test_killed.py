@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.ranks import _rank, free_port, in_ranks
+from tests.train.ranks import in_ranks, start
 from tests.train.steps import to_the_end
 
 STEPS, EVERY = 400, 2
@@ -17,11 +17,7 @@ STEPS, EVERY = 400, 2
 
 def killed(folder: Path, out: Path, chance: random.Random, in_a_write: bool) -> bool:
     """Start two ranks and kill them, inside a checkpoint write or anywhere; whether it was in one."""
-    out.mkdir(parents=True, exist_ok=True)
-    arguments = (2, free_port(), str(out), to_the_end, (str(folder), STEPS, EVERY))
-    context = torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
-        _rank, arguments, 2, join=False, start_method="spawn"
-    )
+    context = start(2, out, to_the_end, (str(folder), STEPS, EVERY))
     seen, until = len(list(folder.glob("step-*"))), time.monotonic() + 120
     before = max((p.name for p in folder.glob("step-*")), default="")
     while time.monotonic() < until:  # until it has begun, and made a checkpoint of its own

@@ -77,7 +77,7 @@ def test_under_zero_3_the_language_model_never_exists_whole_on_a_rank(tmp_path, 
     model = LlamaForCausalLM(config)
     whole = sum(p.numel() * 4 for p in model.parameters())
     model.save_pretrained(tmp_path / "lm")
-    for told in in_ranks(2, tmp_path / "out", ways.loaded_in_pieces, str(tmp_path / "lm")):
+    for told in in_ranks(2, tmp_path / "out", ways.loaded_in_pieces, str(tmp_path / "lm"), fresh=True):
         assert told["right"]
         assert told["pieces"] == pytest.approx(whole / 2, rel=0.01)
         assert told["most"] < 0.75 * whole
