@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -46,7 +48,11 @@ OWNERS = {
 }
 
 
-def sources() -> dict[str, str]:
+parse = cache(ast.parse)  # each test asks of the whole house
+
+
+@cache
+def sources() -> Mapping[str, str]:
     """Module -> source, of everything that is installed."""
     found = {}
     for folder, package in ROOMS.items():
@@ -55,7 +61,7 @@ def sources() -> dict[str, str]:
                 inside = (Path(path) / file).relative_to(ROOT / folder).with_suffix("")
                 parts = [part for part in inside.parts if part != "__init__"]
                 found[".".join([package, *parts])] = (Path(path) / file).read_text()
-    return found
+    return MappingProxyType(found)
 
 
 def imports(module: str, source: str, known: Iterable[str] = ()) -> Iterator[str]:
@@ -64,7 +70,7 @@ def imports(module: str, source: str, known: Iterable[str] = ()) -> Iterator[str
     `from package import name` is an import of package.name where `known` says that is a module.
     """
     known = set(known)
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -145,7 +151,7 @@ def too_long(modules: Mapping[str, str]) -> list[str]:
     for module, source in modules.items():
         if (lines := len(source.splitlines())) > MAX_FILE_LINES:
             found.append(f"{module}: {lines} lines")
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:
