@@ -340,7 +340,8 @@ def test_a_process_that_ends_does_not_wait_for_what_it_fetches_ahead(server, sou
     server.files["/data/s-1.tar.index.jsonl"] = spell(build_index(tmp_path / "s-1.tar"))
     server.faults["/data/s-1.tar"] = ["stall*"]
     code = (
-        "import sys; from flamingo.data.far import Far; from flamingo.data.remote import Remote\n"
+        "import sys; sys.argv[0] = 'flamingo'\n"  # a command, whose import registers no model
+        "from flamingo.data.far import Far; from flamingo.data.remote import Remote\n"
         f"remote = Remote(cache_dir={str(tmp_path / 'cache')!r}, attempts=10**6, backoff=0)\n"
         "Far(sys.argv[1:], remote).prefetch([], sys.argv[1:])"
     )

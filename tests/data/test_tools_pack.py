@@ -118,8 +118,7 @@ def test_a_run_that_was_killed_goes_on_and_leaves_nothing_behind(folder, tmp_pat
     (folder / "part 0" / "large.png").write_bytes(png() + bytes(64 << 20))
     (folder / "part 0" / "large.txt").write_text("large")
     options = [str(folder), str(tmp_path / "out"), "--workers", "1", "--samples-per-shard", "4"]
-    code = "from flamingo.cli import app; app()"
-    process = subprocess.Popen([sys.executable, "-c", code, "data", "pack", *options])
+    process = subprocess.Popen([sys.executable, "-m", "flamingo.cli", "data", "pack", *options])
     while process.poll() is None and not list((tmp_path / "out").glob(".shard-000001.*")):
         time.sleep(0.005)
     process.kill()

@@ -368,7 +368,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(colours, tmp_path, name, con
 def test_without_matplotlib_the_figures_are_said_to_be_there(colours, tmp_path):
     out = made.write(tmp_path / "a", made.Answerer(0.9))
     code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
+        "import sys; sys.argv[0] = 'flamingo'; sys.modules['matplotlib'] = None\n"
         "from pathlib import Path; from flamingo.eval.results import page\n"
         "try:\n    page.write(Path(sys.argv[1]))\nexcept ValueError as error:\n    print(error)"
     )

@@ -140,8 +140,9 @@ def test_no_saving_changes_the_loss(step, ours_with_their_weights, plain, count)
     assert sum(p.numel() for p in side.trained) < plain[1]  # two rows instead of a table
 
 
-def test_cached_pictures_are_encoded_once(step, ours_with_their_weights):
-    side = ours_with_their_weights(ours.Savings.first(len(ours.NAMES)))
+@pytest.mark.parametrize("count", COUNTS[-2:])
+def test_cached_pictures_are_encoded_once(step, ours_with_their_weights, count):
+    side = ours_with_their_weights(ours.Savings.first(count))
     batches, seen = side.prepare(step), []
     side.model.vision_encoder.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     losses = [side.train(batches)["losses"] for _ in range(3)]
