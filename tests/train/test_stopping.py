@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch.distributed as dist
 from torch.utils.data import Dataset
@@ -131,3 +132,33 @@ def test_the_loaders_processes_outlive_a_signal_to_the_whole_job_and_end_with_th
     (process,) = again._workers  # type: ignore[attr-defined]
     process.join(20)
     assert process.exitcode == 0
+
+
+def read_for_ever(said: multiprocessing.Queue) -> None:
+    steps = step_loader(Pids(), 0, 40, workers=1)  # type: ignore[arg-type]
+    said.put(next(steps))
+    time.sleep(600)
+
+
+@pytest.mark.usefixtures("threads_in_forks")
+def test_a_loaders_process_ends_with_a_rank_that_was_killed(monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds, else 5
+    fork = multiprocessing.get_context("fork")
+    said = fork.Queue()
+    rank = fork.Process(target=read_for_ever, args=(said,))
+    rank.start()
+    worker = psutil.Process(said.get(timeout=60))
+    rank.kill()
+    rank.join(60)
+    until = time.monotonic() + 60
+    while not ended(worker) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert ended(worker)
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whoever inherited it may not have asked yet how it ended."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
