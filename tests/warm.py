@@ -24,6 +24,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from flamingo.runtime import cores
+
 # Elsewhere, what a fork inherits of a GPU or of the system's libraries does not work.
 WARM = sys.platform == "linux" and not torch.cuda.is_available()
 METHOD = "forkserver" if WARM else "spawn"  # to start processes that call a function
@@ -57,9 +59,10 @@ def run(
 
 
 def take_environment(env: dict[str, str]) -> None:
-    """A fork has the server's environment, that of whoever started a process first."""
+    """A fork has the server's environment, that of whoever started a process first, and its threads."""
     os.environ.clear()
     os.environ.update(env)
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or cores()))  # sums depend on it
 
 
 def _begin(command: list[str], cwd: str, env: dict[str, str], out: Path, err: Path) -> None:
