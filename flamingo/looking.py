@@ -51,11 +51,12 @@ def token_maps(model: Any, asked: Sequence[int], answer: Sequence[int], pixel_va
 def words_of(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     """The words of generated tokens, each with the places of its tokens."""
     words: list[tuple[str, list[int]]] = []
-    before = ""
+    before, whole = "", tokenizer.decode(ids, skip_special_tokens=True)
     for place in range(len(ids)):  # the text so far, since a token alone may lose its blank
         now = tokenizer.decode(ids[: place + 1], skip_special_tokens=True)
-        if place + 1 < len(ids):  # the first bytes of a character that is not there yet
-            now = now.rstrip("\ufffd")
+        # The first bytes of a character that is not there yet; others are none, and stay.
+        while now.endswith("\ufffd") and whole[len(now) - 1 : len(now)] != "\ufffd":
+            now = now[:-1]
         piece, before = now[len(before) :], now
         if not words or (piece[:1].isspace() and words[-1][0].strip()):
             words.append((piece, [place]))

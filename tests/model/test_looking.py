@@ -38,3 +38,6 @@ def test_a_character_of_several_tokens_stays_in_its_word() -> None:
     found = words_of(words, ids)
     assert [word for word, _ in found] == ["un", "été,", "夏!"]
     assert [place for _, places in found for place in places] == list(range(len(ids)))
+    broken = [*ids[:3], words("é", add_special_tokens=False)["input_ids"][0], *words(" a}")["input_ids"]]
+    assert [word for word, _ in words_of(words, broken)][-2:] == [words_of(words, broken)[-2][0], "a}"]
+    assert "\ufffd" in words_of(words, broken)[-2][0]
