@@ -13,7 +13,7 @@ out=docker/locks
 tested=$(mktemp)
 trap 'rm -f "$tested"' EXIT
 # Not the opponents and oracles of the tests: their own requirements are years old.
-"$python" -m pip freeze --exclude-editable | grep == | grep -Eiv '^(open.flamingo|lmms)' > "$tested"
+"$python" -m pip freeze --exclude-editable | grep '==' | grep -Eiv '^(open.flamingo|lmms)' > "$tested"
 
 locked() {  # name, then extras of setup.cfg
     local name=$1 extras=()
