@@ -45,17 +45,16 @@ def expand(
     """Each <image> token of int64[B, T] `times` times; rows are padded on the side that they were.
 
     Without any padding on the left, as generation wants it. Of an image's tokens the first keeps the
-    label. Padding is a segment of its own, -1, and has no label.
+    label. Padding is a segment of its own, -1, and has no label. On the right there is no more of it
+    than the longest row leaves: `last` of what is cut off is the last column.
     """
     is_image = input_ids == image_token_id
     counts = torch.where(is_image, times, 1)
     ends = counts.cumsum(dim=1)  # [B, T]
-    lengths = ends[:, -1:]
+    held = _held_on_the_left(attention_mask, segment_ids)
+    lengths = ends[:, -1:] if held is None else (ends * (held | is_image)).amax(dim=1, keepdim=True)
     longest = int(lengths.max())
-    on_the_right = attention_mask is not None and bool((attention_mask[:, -1] == 0).any())
-    shift = torch.zeros_like(lengths)
-    if not on_the_right and segment_ids is None:
-        shift = longest - lengths
+    shift = longest - lengths if held is None else torch.zeros_like(lengths)
     place = torch.arange(longest, device=input_ids.device) - shift  # [B, X]
     valid = (place >= 0) & (place < lengths)
     source = torch.searchsorted(ends, place.contiguous(), right=True).clamp_max(input_ids.shape[1] - 1)
@@ -67,11 +66,19 @@ def expand(
     first = place == (ends - counts).gather(1, source)
     return Expanded(
         moved(input_ids, pad),
-        ends - 1 + shift,
+        (ends - 1 + shift).clamp_max(longest - 1),
         moved(mask, 0),
         None if segment_ids is None else moved(segment_ids, -1),
         None if labels is None else torch.where(first, moved(labels, -100), -100),
     )
+
+
+def _held_on_the_left(attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
+    """bool[B, T] of what is no padding in rows padded on the right; None for others."""
+    if segment_ids is not None:
+        return segment_ids >= 0
+    on_the_right = attention_mask is not None and bool((attention_mask[:, -1] == 0).any())
+    return attention_mask != 0 if on_the_right and attention_mask is not None else None
 
 
 def contract(rows: Tensor, image_token_id: int, times: int, length: int, pad: int = 0) -> Tensor:

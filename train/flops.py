@@ -37,7 +37,8 @@ class Costs:
     token: a token in the LM and the blocks; target: its logits; pair: two tokens of one document
     that the LM's attention compares; look: a token and an image that it sees; image: one in the
     resampler, or one clip; place: a place of its grid; picture: one in the encoder.
-    again: what of `token`, `pair` and `look` is done once more where activations are recomputed.
+    again: what of `token`, `pair` and `look` is done once more where activations are recomputed;
+    extra: tokens of an image in the LM's input beyond the one in its row (`fusion="prefix"`).
     """
 
     token: float
@@ -48,6 +49,7 @@ class Costs:
     place: float
     picture: float
     again: tuple[float, float, float]
+    extra: int = 0
 
 
 def step_flops(
@@ -67,8 +69,9 @@ def step_flops(
     Frozen layers count twice (there and the gradient of what went in), or once where no gradient
     is needed; trained ones three times; logits of targets only.
 
-    tokens, targets: without padding; images: <image> tokens; pairs: sum of the squared lengths of
-    the documents (0 leaves the LM's attention out); looks: pairs of a token and an image that it
+    tokens, targets: without padding, an image one token; images: <image> tokens; pairs: sum of the
+    squared lengths of the documents as the LM reads them, an image `model.image_tokens` tokens (0 leaves
+    the LM's attention out); looks: pairs of a token and an image that it
     sees (None: every token sees one); places: grid places of all images (None: one picture each);
     pictures: those that the encoder encodes, without cached ones (None: one per image); recomputed:
     with what activation checkpointing does again. A config is a model with all that is frozen
@@ -81,6 +84,7 @@ def step_flops(
     pictures = images if pictures is None else pictures
     if places is None:
         places = float(images * rows * columns)
+    tokens += costs.extra * images
     total = costs.token * tokens + costs.target * targets + costs.pair * pairs + costs.look * looks
     total += costs.image * images + costs.picture * pictures + costs.place * places
     if recomputed:
@@ -134,10 +138,9 @@ def _count(model: FlamingoForConditionalGeneration) -> Costs:
     head = model.get_output_embeddings()
     target = _counted(head, True, text) + 3 * 2.0 * model.added_tokens.output.numel()
     place, per_image = _resampler(model)
-    # With fusion="prefix" an image has more tokens than its row says; their part in `pair` is left out.
-    image += token * (model.image_tokens - 1)
     picture = encoder_flops(model) * (3 if _trains(model.vision_encoder) else 1)
-    return Costs(token, target, pair, look, image + per_image, place, picture, (again[0], again[1], again[2]))
+    image, extra = image + per_image, model.image_tokens - 1
+    return Costs(token, target, pair, look, image, place, picture, (again[0], again[1], again[2]), extra)
 
 
 def _resampler(model: FlamingoForConditionalGeneration) -> tuple[float, float]:

@@ -61,9 +61,20 @@ def norms(names: Iterable[str], squares: Tensor) -> dict[str, float]:
     return {name: float(f"{root:.6g}") for name, root in zip(names, roots, strict=True)}
 
 
-def row_places(passes: Sequence[Rows]) -> int:
-    """B x T of all rows of a micro-batch: with the tokens in them, it gives the padding's share."""
-    return sum(rows.input_ids.numel() for rows in passes)
+def row_places(passes: Sequence[Rows], image_token_id: int = -1, image_tokens: int = 1) -> int:
+    """B x T of all rows of a micro-batch as the LM reads them, each <image> as `image_tokens`: with the
+    tokens in them, it gives the padding's share."""
+    return sum(len(rows.input_ids) * _width(rows, image_token_id, image_tokens) for rows in passes)
+
+
+def _width(rows: Rows, image_token_id: int, image_tokens: int) -> int:
+    """T of the rows as the LM reads them: they end where the longest does."""
+    if image_tokens == 1:
+        return rows.input_ids.shape[1]
+    held = rows.attention_mask if rows.segment_ids is None else rows.segment_ids >= 0
+    assert held is not None
+    more = (rows.input_ids == image_token_id).sum(dim=1) * (image_tokens - 1)
+    return int((held.sum(dim=1) + more).max())
 
 
 def memory_gb(device: torch.device) -> float:
@@ -84,7 +95,8 @@ def derived(
 
     Args:
         record: `seconds` of the whole step with the wait for data, `data_seconds` of that wait;
-            `samples`, `tokens`, `images` and `row_places` over all ranks, each where it is counted.
+            `samples`, `tokens`, `images` and `row_places` over all ranks, each where it is counted;
+            `read_tokens`, as the LM reads them, where images are several each.
         flops: what the model has to compute in this step, over all ranks.
         peak: FLOP/s that all ranks' devices together reach in matrix products, as measured.
 
@@ -104,5 +116,6 @@ def derived(
             if peak and math.isfinite(peak):
                 out["peak_share"] = round(flops / seconds / peak, 4)
     if record.get("row_places") and "tokens" in record:
-        out["padding_share"] = round(1.0 - record["tokens"] / record["row_places"], 4)
+        read = record.get("read_tokens", record["tokens"])
+        out["padding_share"] = round(1.0 - read / record["row_places"], 4)
     return out

@@ -56,6 +56,8 @@ class Trainer:
         self.objective: Objective = engine.module  # type: ignore[assignment]
         self.names = [source.name for source in recipe.sources]
         self.pack_tokens = pack_tokens
+        model = self.objective.model
+        self._image = model.config.image_token_id, model.image_tokens  # its id, and how many the LM reads
 
     def run(self, start: int, stop: int) -> None:
         """Train from step `start` (steps already done) to `stop`, and leave a checkpoint there.
@@ -120,7 +122,7 @@ class Trainer:
         sums, places = torch.zeros(len(self.names), dtype=torch.float64), 0
         for number in range(recipe.accumulation):
             rows = self.rows(batches, number)
-            places += row_places(rows)
+            places += row_places(rows, *self._image)
             loss, parts = engine(rows, targets)
             engine.backward(loss)
             sums += parts.cpu()
@@ -147,7 +149,7 @@ class Trainer:
         """Micro-batch `number` of all sources as rows on this rank's device."""
         micro = [batches[name][number] if name in batches else None for name in self.names]
         if self.pack_tokens:
-            passes = packed(micro, self.pack_tokens, self.objective.model.config.image_token_id)
+            passes = packed(micro, self.pack_tokens, *self._image)
         else:
             passes = padded(micro)
         return [rows.to(self.engine.device, non_blocking=True) for rows in passes]
@@ -180,15 +182,20 @@ class Trainer:
     def _sizes(self, batches: StepBatches, places: int, targets: int) -> dict[str, Any]:
         """What the step held, over all ranks, and what it cost."""
         every = [batch for part in batches.values() for batch in part]
+        token, each = self._image
         lengths = [batch.attention_mask.sum(1) for batch in every]
+        marks = [(batch.input_ids == token).sum(1) for batch in every]
+        read = [length + (each - 1) * mark for length, mark in zip(lengths, marks, strict=True)]
         counts = {
             "samples": sum(len(batch.keys) for batch in every),
             "tokens": sum(int(length.sum()) for length in lengths),
+            "read_tokens": sum(int(length.sum()) for length in read),
             "images": sum(len(batch.image_keys) for batch in every),
+            "marks": sum(int(mark.sum()) for mark in marks),
             "skipped": sum(len(batch.skipped) for batch in every),
             "row_places": places,
             "pictures": sum(len(batch.pixel_values) for batch in every),
-            "pairs": sum(int(length.square().sum()) for length in lengths),
+            "pairs": sum(int(length.square().sum()) for length in read),
         }
         total = sum_over_ranks(torch.tensor(list(counts.values()), device=self.engine.device)).tolist()
         sizes: dict[str, Any] = dict(zip(counts, total, strict=True))
@@ -197,7 +204,8 @@ class Trainer:
             model.config if self.engine.stage == 3 else model,  # in pieces, weights have no shapes
             tokens=sizes["tokens"],
             targets=targets,
-            images=sizes["images"],
+            images=sizes.pop("marks"),
+            places=sizes["images"] * math.prod(model.config.vision_config.grid),  # type: ignore[union-attr]
             pairs=sizes.pop("pairs"),
             pictures=sizes.pop("pictures"),
         )

@@ -112,7 +112,7 @@ def plan(
     model = assemble(recipe)
     frozen, trained = parameters(model)
     frozen_bytes, count = bytes_of(model, trained=False), sum(trained.values())
-    held = held_by_step(recipe, model.config, images)
+    held = held_by_step(recipe, model.config, images, model.image_tokens)
     work = flops.step_flops(model, **asdict(held))
     again = flops.step_flops(model, **asdict(held), recomputed=True) - work
     again = again if recipe.activation_checkpointing else 0.0

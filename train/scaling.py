@@ -81,7 +81,7 @@ def openflamingo_9b() -> Work:
         MptConfig(d_model=4096, n_heads=32, n_layers=32, vocab_size=50432).save_pretrained(folder)  # type: ignore
         recipe = read_recipe(RECIPE, [f"model.language={folder}"])
         model = assemble(recipe)
-    held = asdict(held_by_step(recipe, model.config, {}))
+    held = asdict(held_by_step(recipe, model.config, {}, model.image_tokens))
     work = flops.step_flops(model, **held, recomputed=recipe.activation_checkpointing)
     trained = sum(parameters(model)[1].values())
     gathers = 3 if recipe.activation_checkpointing else 2

@@ -114,16 +114,20 @@ class _Piece:
     images: list[int]
     frames: list[int]
     ahead: bool
+    length: int  # as the LM reads it
 
 
-def packed(batches: Sequence[Batch | None], row_tokens: int, image_token_id: int) -> list[Rows]:
+def packed(
+    batches: Sequence[Batch | None], row_tokens: int, image_token_id: int, image_tokens: int = 1
+) -> list[Rows]:
     """All documents in one forward pass of rows of at most `row_tokens` tokens.
 
-    batches: as for `padded`. First fit, longest first, in rows of about one length: the order of
+    batches: as for `padded`; image_tokens: that the LM reads for each <image>, of which the rows hold
+    one; `row_tokens` counts them all. First fit, longest first, in rows of about one length: the order of
     documents within a step does not change its result. Raises ValueError for a document longer than a row.
     """
     joined = [(number, batch) for number, batch in enumerate(batches) if batch is not None]
-    rows = _level(_pieces(joined, image_token_id), row_tokens)
+    rows = _level(_pieces(joined, image_token_id, image_tokens), row_tokens)
     order = [image for row in rows for piece in row for image in piece.images]
     keys = [key for _, batch in joined for key in batch.image_keys]
     frames = [count for row in rows for piece in row for count in piece.frames]
@@ -163,7 +167,7 @@ def _pixel_index(batches: list[Batch]) -> Tensor:
     return torch.cat(found)
 
 
-def _pieces(batches: list[tuple[int, Batch]], image_token_id: int) -> list[_Piece]:
+def _pieces(batches: list[tuple[int, Batch]], image_token_id: int, image_tokens: int) -> list[_Piece]:
     """The documents of (number of the source, batch) pairs."""
     pieces, first = [], 0
     for number, batch in batches:
@@ -176,7 +180,8 @@ def _pieces(batches: list[tuple[int, Batch]], image_token_id: int) -> list[_Piec
             mine = list(islice(frames, count))
             images = list(range(first, first + sum(mine)))
             ahead = batch.look_ahead is not None and bool(batch.look_ahead[row])
-            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images, mine, ahead))
+            read = length + count * (image_tokens - 1)
+            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images, mine, ahead, read))
             first += sum(mine)
     return pieces
 
@@ -184,7 +189,7 @@ def _pieces(batches: list[tuple[int, Batch]], image_token_id: int) -> list[_Piec
 def _level(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
     """As few rows as first fit needs, and of those the shortest: all are as long as the longest."""
     rows = _first_fit(pieces, row_tokens)
-    lengths = [len(piece.ids) for piece in pieces]
+    lengths = [piece.length for piece in pieces]
     low, high = max(max(lengths), -(-sum(lengths) // len(rows))), row_tokens
     while low < high:
         middle = (low + high) // 2
@@ -199,12 +204,12 @@ def _level(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
 def _first_fit(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
     rows: list[list[_Piece]] = []
     room: list[int] = []
-    for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
-        length = len(piece.ids)
+    for piece in sorted(pieces, key=lambda piece: -piece.length):
+        length = piece.length
         if length > row_tokens:
             raise ValueError(
                 f"a document of {length} tokens does not fit in a packed row of {row_tokens}: "
-                "raise pack_tokens, or lower the source's max_tokens"
+                "raise pack_tokens, or lower the source's max_tokens or its pictures"
             )
         place = next((i for i, left in enumerate(room) if left >= length), len(rows))
         if place == len(rows):

@@ -67,6 +67,22 @@ def test_rows_are_level_so_that_few_are_filled_up():
     assert rows.input_ids.shape == (2, 12) and (rows.segment_ids >= 0).all()
 
 
+def test_images_count_with_all_tokens_that_the_lm_reads():
+    """aIbIcd is 6 tokens in its row, 12 with 4 an image; Iab 3 and 6, Ic 2 and 5, efg 3."""
+    (short,) = packed([CAPTIONS, TURNS], 12, IMAGE)
+    assert len(short.input_ids) == 2
+    (rows,) = packed([CAPTIONS, TURNS], 12, IMAGE, image_tokens=4)
+    lengths = [
+        (row >= 0).sum() + 3 * (ids == IMAGE).sum()
+        for row, ids in zip(rows.segment_ids, rows.input_ids, strict=True)
+    ]
+    assert sorted(int(length) for length in lengths) == [3, 11, 12]
+    with pytest.raises(
+        ValueError, match="a document of 12 tokens does not fit .* row of 11: raise pack_tokens"
+    ):
+        packed([TURNS], 11, IMAGE, image_tokens=4)
+
+
 def test_padding_is_a_segment_of_its_own_without_loss():
     (rows,) = packed([CAPTIONS, TURNS], 8, IMAGE)
     padding = rows.segment_ids < 0

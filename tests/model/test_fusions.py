@@ -179,6 +179,19 @@ def test_expanding_and_contracting_are_inverse() -> None:
     assert torch.equal(contract(long.input_ids, IMAGE, 3, 4), rows)
 
 
+def test_rows_grow_by_what_they_hold_and_not_by_their_padding() -> None:
+    """The row of many images is short without them: its padding makes room."""
+    rows = torch.tensor([[IMAGE, IMAGE, 5, 0, 0, 0], [9, 5, 7, 6, 8, 4]])
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6])
+    segments = torch.where(mask == 1, 0, -1)
+    for given in ({"attention_mask": mask}, {"segment_ids": segments}):
+        long = expand(rows, IMAGE, 3, **given)  # type: ignore[arg-type]
+        assert long.input_ids.tolist() == [[IMAGE] * 6 + [5], [9, 5, 7, 6, 8, 4, 0]]
+        assert long.last[0, :3].tolist() == [2, 5, 6] and int(long.last.max()) == 6
+        held = long.attention_mask if "attention_mask" in given else (long.segment_ids >= 0).long()  # type: ignore[operator]
+        assert held.tolist() == [[1] * 7, [1] * 6 + [0]]
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -46,7 +46,9 @@ def recipe(**fields: Any) -> Recipe:
     return Recipe.model_validate(given)
 
 
-def micro_batches(step: int, rank: int, ranks: int, accumulation: int, pack: int) -> list[list]:
+def micro_batches(
+    step: int, rank: int, ranks: int, accumulation: int, pack: int, image_tokens: int = 1
+) -> list[list]:
     """This rank's parts of a step, each as the rows of a pass: documents in order of ranks, parts."""
     size = 12 // (ranks * accumulation)
     parts = []
@@ -57,7 +59,7 @@ def micro_batches(step: int, rank: int, ranks: int, accumulation: int, pack: int
             own = documents[first : first + size]
             start = 1000 * step + 100 * offset + first
             batches.append(make_batch([w for w, _ in own], [i for _, i in own], first=start))
-        parts.append((batches, packed(batches, pack, IMAGE) if pack else padded(batches)))
+        parts.append((batches, packed(batches, pack, IMAGE, image_tokens) if pack else padded(batches)))
     return parts
 
 
@@ -127,7 +129,8 @@ def gradients_of_all(settings: list[dict[str, Any]]) -> list[dict[str, torch.Ten
         pack = fields.pop("pack", 0)
         given = recipe(**fields)
         engine = engine_of(given)
-        parts = micro_batches(0, rank, ranks, given.accumulation, pack)
+        each = engine.module.model.image_tokens  # type: ignore[union-attr]
+        parts = micro_batches(0, rank, ranks, given.accumulation, pack, each)  # type: ignore[arg-type]
         local = [sum(part[0][i].n_targets for part in parts) for i in range(len(WEIGHTS))]
         counts = dict(zip(WEIGHTS, sum_over_ranks(torch.tensor(local)).tolist(), strict=True))
         for number, (_, rows) in enumerate(parts):

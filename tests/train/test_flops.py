@@ -121,11 +121,25 @@ def test_adapters_are_counted():
     assert formula(model) == pytest.approx(counted(model), rel=0.01)
 
 
-def test_recomputed_layers_are_counted_once_more():
-    model = FlamingoForConditionalGeneration(config()).train()
+@pytest.mark.parametrize("language", LANGUAGE)
+@pytest.mark.parametrize("connector", ["linear", "mlp", "perceiver"])
+def test_vectors_in_the_input_are_counted_as_tokens(language, connector):
+    """With the pairs that the LM's attention compares them in."""
+    fields = {"fusion": "prefix", "connector": connector}
+    model = FlamingoForConditionalGeneration(config(language, "vit", **fields)).train()
+    read = LENGTH + model.image_tokens - 1
+    assert read > LENGTH
+    assert formula(model, pairs=ROWS * read**2) == pytest.approx(counted(model), rel=0.01)
+    assert formula(model.config, pairs=7) == formula(model, pairs=7)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "prefix"])
+def test_recomputed_layers_are_counted_once_more(fusion):
+    model = FlamingoForConditionalGeneration(config(fusion=fusion)).train()
     model.gradient_checkpointing_enable()
     # torch stops the second pass of a layer at the last tensor that is wanted.
-    assert 1.0 <= formula(model, recomputed=True) / counted(model) < 1.05
+    pairs = ROWS * (LENGTH + model.image_tokens - 1) ** 2
+    assert 1.0 <= formula(model, pairs=pairs, recomputed=True) / counted(model) < 1.05
 
 
 def test_what_a_step_holds_decides():

@@ -11,6 +11,7 @@ from torch import nn
 
 from flamingo.data.packing import packed, padded
 from flamingo.train import gauges
+from tests.train.tiny import tiny_model
 
 
 def test_gates_are_reported_as_they_act(model):
@@ -82,6 +83,28 @@ def test_padding_is_what_no_token_fills(make_batch):
         record = {"tokens": tokens, "row_places": gauges.row_places(passes)}
         shares.append(gauges.derived(record)["padding_share"])
     assert shares == pytest.approx([1 - 11 / 16, 0.0], abs=1e-4)  # two rows of eight; one of eleven
+
+
+def test_padding_of_rows_that_grow_with_their_images_is_counted_as_the_lm_reads_them(make_batch):
+    batches = [make_batch([6, 2], images=[1, 0])]
+    model = tiny_model(connector="mlp", fusion="prefix")
+    token, each = model.config.image_token_id, model.image_tokens  # 4 places: 4 tokens
+    read = 8 + 3 + (each - 1)
+    for passes in (padded(batches), packed(batches, 16, token, each)):
+        widths = []
+        model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=widths: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        for rows in passes:
+            pixels = rows.pixel_values
+            model(
+                rows.input_ids, rows.attention_mask, pixels, segment_ids=rows.segment_ids, labels=rows.labels
+            )
+        places = gauges.row_places(passes, token, each)
+        assert places == widths[0]  # what the LM got
+        record = {"tokens": 11, "read_tokens": read, "row_places": places}
+        assert gauges.derived(record)["padding_share"] == pytest.approx(1 - read / places, abs=1e-4)
+    assert places == read
 
 
 def test_rates_and_shares_of_a_step():

@@ -91,7 +91,8 @@ def objective_and_rows(model: FlamingoForConditionalGeneration, recipe: Recipe, 
         batch.pixel_values.zero_()  # whatever the memory held before
         batches.append(batch)
     image = model.config.image_token_id
-    rows = packed(batches, recipe.pack_tokens, image) if recipe.pack_tokens else padded(batches)
+    each, most = model.image_tokens, recipe.pack_tokens
+    rows = packed(batches, most, image, each) if most else padded(batches)
     weights = {source.name: source.weight for source in recipe.sources}
     cache = FeatureCache(model, 0.0)
     return Objective(model, weights, cache, getattr(torch, recipe.autocast), recipe.z_loss), rows
@@ -116,6 +117,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters": {"lora": {"rank": 8}},
     "unfrozen": {"unfreeze": [{"part": "language_model"}]},
     "z-loss": {"z_loss": 1e-3},
+    "prefix": {"pack_tokens": 512, "model": {"architecture": {"connector": "mlp", "fusion": "prefix"}}},
 }
 
 

@@ -75,14 +75,19 @@ def splits(recipe: Recipe, gpus: int) -> list[int]:
     return [parts for parts in range(common, 0, -1) if common % parts == 0]
 
 
-def held_by_step(recipe: Recipe, config: FlamingoConfig, given: Mapping[str, int]) -> Held:
-    """What a step holds when every source has joined and every document has all its tokens."""
+def held_by_step(
+    recipe: Recipe, config: FlamingoConfig, given: Mapping[str, int], image_tokens: int = 1
+) -> Held:
+    """What a step holds when every source has joined and every document has all its tokens.
+
+    image_tokens: that the LM reads for each <image> token.
+    """
     vision: Any = config.vision_config
     tokens = targets = pairs = images = pictures = 0
     for source in recipe.sources:
         each = images_per_document(source, given)
         tokens += source.batch * source.max_tokens
-        pairs += source.batch * source.max_tokens**2
+        pairs += source.batch * (source.max_tokens + each * (image_tokens - 1)) ** 2
         images += source.batch * each
         pictures += source.batch * each * longest_clip(source.kind, source.options)
         targets += source.batch * (source.max_tokens - max(1, each))

@@ -129,7 +129,7 @@ class Tracer:
             for source in self.recipe.sources
         ]
         if self.recipe.pack_tokens and self.model._takes_positions:  # as `packs()` asks first
-            return packed(batches, self.recipe.pack_tokens, config.image_token_id)
+            return packed(batches, self.recipe.pack_tokens, config.image_token_id, self.model.image_tokens)
         return padded(batches)
 
 
