@@ -26,6 +26,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False,
     },
+    "lmsys/vicuna-7b-v1.5": {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "gpt2": {"model_type": "gpt2"},  # the class's own defaults
     "Qwen/Qwen3-0.6B": {
         **QWEN3, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
         "intermediate_size": 3072, "tie_word_embeddings": True,
@@ -37,6 +42,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": {
         **QWEN3, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
         "intermediate_size": 12288, "tie_word_embeddings": False,
+    },
+    "openai/clip-vit-large-patch14-336": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 336, "patch_size": 14,
     },
     "google/siglip2-base-patch16-256": {
         **SIGLIP, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
