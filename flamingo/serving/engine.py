@@ -115,16 +115,19 @@ class Engine:
             yield self._said(ids, whole=True)
 
     def looks(self, prompt: Prompt, ids: Sequence[int]) -> list[LookingWord]:
-        """Every word of an answer (`Answer.ids`) with where it looked on each picture."""
+        """Every word of an answer (`Answer.ids`) with where it looked on each picture.
+
+        Raises ValueError as `inputs`, for prompt and answer together.
+        """
         with self._turn:
-            inputs = self.inputs(prompt)
+            inputs = self.inputs(prompt, len(ids))
             empty = torch.empty(0, device=self.model.device)
             asked = inputs["input_ids"][0].tolist()
             words = word_maps(self.model, self.tokenizer, asked, ids, inputs.get("pixel_values", empty))
         return [word for word in words if word.word]
 
     def gates(self) -> list[Gate]:
-        """Of every gated block, from the lowest on."""
+        """Of every gated block, from the lowest on; of a model without any (`fusion="prefix"`) none."""
         blocks = zip(self.model.config.block_positions, self.model.gated_blocks, strict=True)
         return [Gate(layer, _open(block.attn_gate), _open(block.ff_gate)) for layer, block in blocks]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -35,8 +36,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>")
 
 
-def write_model(folder: Path) -> Path:
-    """A LLaMA of 2 layers with random weights and open gates: pictures matter to what it says."""
+def write_model(folder: Path, **architecture: Any) -> Path:
+    """A LLaMA of 2 layers with random weights and open gates: pictures matter to what it says.
+
+    architecture: more fields of the config.
+    """
     words = tokenizer()
     first = len(words)
     words.add_special_tokens({"additional_special_tokens": list(ADDED_TOKENS)})
@@ -71,6 +75,7 @@ def write_model(folder: Path) -> Path:
         cross_attention_head_dim=8,
         gate_init=0.9,
         initializer_range=0.3,
+        **architecture,
     )
     model = FlamingoForConditionalGeneration(config).eval()
     with torch.no_grad():  # or all it says is one token again and again

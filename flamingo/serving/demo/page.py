@@ -106,8 +106,9 @@ def build(asking: Asking, name: str, queue: int) -> gr.Blocks:
                 )
                 look = gr.HTML(elem_id="looks")
                 settings = _settings(limits)
-        with gr.Accordion("How far the gates are open", open=False, elem_id="gates"):
-            gr.HTML(markup.gates_html(asking.engine.gates()))
+        if gates := asking.engine.gates():
+            with gr.Accordion("How far the gates are open", open=False, elem_id="gates"):
+                gr.HTML(markup.gates_html(gates))
         _arranging(rows, question, shown, add, fresh, gallery)
         for row in [*rows, question]:
             _picture_events(row, limits)
