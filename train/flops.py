@@ -119,8 +119,9 @@ def _count(model: FlamingoForConditionalGeneration) -> Costs:
     latents, inner = model.resampler.count, config.cross_attention_heads * config.cross_attention_head_dim
     heads = text.num_attention_heads
     attended = 4.0 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    blocks: dict[int, Any] = dict(zip(config.block_positions, model.gated_blocks, strict=True))
-    flows = config.fusion == "prefix"  # into the trained vectors in its input
+    # Another fusion's own modules stand at no layer, and their products are not counted.
+    blocks: dict[int, Any] = dict(zip(config.block_positions, model.gated_blocks, strict=False))
+    flows = not config.block_positions  # into the trained vectors in its input
     flows = flows or model.added_tokens.input.requires_grad or _trains(model.get_input_embeddings())
     token = pair = look = image = 0.0
     again = [0.0, 0.0, 0.0]

@@ -27,13 +27,14 @@ def gates(blocks: nn.ModuleList) -> dict[str, list[float]]:
     Of a block with a gate per channel, the mean of |tanh|. Empty where a gate is not on this rank
     (ZeRO-3 without its small weights kept).
     """
-    both = [getattr(block, name).detach() for name in ("attn_gate", "ff_gate") for block in blocks]
+    gated = [block for block in blocks if hasattr(block, "attn_gate")]  # other fusions have none
+    both = [getattr(block, name).detach() for name in ("attn_gate", "ff_gate") for block in gated]
     if not both or not all(gate.numel() for gate in both):
         return {}
     open_ = [gate.float().tanh() for gate in both]
     means = [gate.reshape(()) if gate.numel() == 1 else gate.abs().mean() for gate in open_]
     values = [round(value, 5) for value in torch.stack(means).tolist()]
-    return {"gate_attention": values[: len(blocks)], "gate_feed_forward": values[len(blocks) :]}
+    return {"gate_attention": values[: len(gated)], "gate_feed_forward": values[len(gated) :]}
 
 
 def squared_norms(groups: Mapping[str, Iterable[Tensor | None]], device: torch.device) -> Tensor:

@@ -128,7 +128,7 @@ class Engine:
 
     def gates(self) -> list[Gate]:
         """Of every gated block, from the lowest on; of a model without any (`fusion="prefix"`) none."""
-        blocks = zip(self.model.config.block_positions, self.model.gated_blocks, strict=True)
+        blocks = zip(self.model.config.block_positions, self.model.gated_blocks, strict=False)
         return [Gate(layer, _open(block.attn_gate), _open(block.ff_gate)) for layer, block in blocks]
 
     def _said(self, ids: Sequence[int], whole: bool) -> Answer:
