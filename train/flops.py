@@ -117,8 +117,8 @@ def _of_config(fields: str) -> Costs:
 def _count(model: FlamingoForConditionalGeneration) -> Costs:
     config, text = model.config, model.config.get_text_config()
     latents, inner = model.resampler.count, config.cross_attention_heads * config.cross_attention_head_dim
-    heads = text.num_attention_heads
-    attended = 4.0 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    heads = getattr(text, "num_attention_heads", 0)  # an LM without attention has none
+    attended = 4.0 * heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
     # Another fusion's own modules stand at no layer, and their products are not counted.
     blocks: dict[int, Any] = dict(zip(config.block_positions, model.gated_blocks, strict=False))
     flows = not config.block_positions  # into the trained vectors in its input
