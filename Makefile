@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 STEPS ?=
 
-.PHONY: help quickstart test test-slow bench docs lint clean
+.PHONY: help quickstart compare test test-slow bench docs lint clean
 
 help:
 	@echo "make quickstart   train and evaluate the embedded default, write a report"
+	@echo "make compare      the ways to join sight and language side by side, on the quickstart's data"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the long tests too"
 	@echo "make bench        time and memory of a training step, against OpenFlamingo and without savings"
@@ -30,6 +31,9 @@ $(STAMP): setup.cfg pyproject.toml
 
 quickstart: $(STAMP)
 	@$(BIN)/flamingo quickstart --run $(RUN) $(if $(STEPS),--steps $(STEPS))
+
+compare: $(STAMP)
+	@$(BIN)/python -m benchmarks.compare $(if $(STEPS),--steps $(STEPS))
 
 test: $(STAMP)
 	@echo "Running the tests: about 10 minutes on two cores."

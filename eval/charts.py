@@ -128,9 +128,15 @@ class Curve:
 
 
 def compared(
-    curves: Sequence[Curve], title: str, large: bool = False, log: bool = False, top: float | None = None
+    curves: Sequence[Curve],
+    title: str,
+    large: bool = False,
+    log: bool = False,
+    top: float | None = None,
+    over: str = "the steps",
 ) -> Markup:
-    """The same quantity of several runs over the steps; `top` ends the axis below the highest."""
+    """The same quantity of several runs over the steps, or what else the series count; `top` ends the
+    axis below the highest."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(LARGE if large else SMALL, right=0.94)
         labels, values = [], [0.0]
@@ -162,7 +168,7 @@ def compared(
             highest = (top if top is not None else max(values)) or 1e-12
             axes.set_ylim(min(values) * 1.08, highest * 1.06)
             _label_ends(axes, labels)
-        return _svg(figure, f"{title} over the steps")
+        return _svg(figure, f"{title} over {over}")
 
 
 def _axes(size: tuple[float, float], right: float) -> tuple[Figure, Axes]:
