@@ -2,7 +2,7 @@
 
 An index lies in a folder, searched with FAISS, or in a Milvus (`places`). It says what it was made of
 (`contents.Manifest`), and is refused once its data or its encoder is another. Vectors are kept by
-content (`embedding.Vectors`): what is indexed again is only what is new.
+content (`vectors.Vectors`): what is indexed again is only what is new.
 
 D width of a vector.
 """
@@ -22,12 +22,13 @@ import numpy as np
 from flamingo.eval import benchmarks
 from flamingo.eval.benchmarks import Example
 from flamingo.eval.config import EvalConfig
-from flamingo.eval.embedding import PARTS, Encoder, Own, Vectors, load, picture_keys
+from flamingo.eval.embedding import PARTS, Encoder, Own, load
 from flamingo.eval.few_shot import sample
 from flamingo.eval.retrieval.contents import Contents, Manifest
 from flamingo.eval.retrieval.places import Place, place
 from flamingo.eval.retrieval.search import nearest
 from flamingo.eval.task import Task
+from flamingo.eval.vectors import Vectors, picture_keys
 
 MORE = 16  # neighbours beyond the most shots: some of them may not be fit to be shots
 
@@ -57,7 +58,7 @@ def build_index(
     split = benchmarks.load(benchmark).DEMONSTRATIONS
     asked = {"benchmark": benchmark, "data": data, "split": split, "pool": pool}
     demonstrations = Task.of(EvalConfig(**asked, shots=(1,), control_limit=0)).pool
-    there = here.held()  # first: a Milvus that is down costs no encoder
+    there = here.held(Manifest)  # first: a Milvus that is down costs no encoder
     made = load(encoder)
     address = here.address(name, similarity, made.name)
     held = there.get(address)
@@ -75,7 +76,7 @@ def build_index(
             )
     vectors = contents.vectors(Vectors(here.kept), made)
     manifest = Manifest.of(name, similarity, made, contents, vectors.shape[1])
-    here.write(address, manifest, contents, vectors)
+    here.write(address, manifest, contents.about(), vectors, [each.id for each in demonstrations])
     return address, manifest
 
 
@@ -113,7 +114,7 @@ def neighbours(
     need = max(setting.examples_before for setting in settings) + MORE
     groups = own.by_picture()  # queries with the same content and picture have the same neighbours
     pictures = [own.pictures[positions[0]] for _, positions in groups]
-    with here.backend(address, lambda: pool.vectors(store, encoder)) as backend:
+    with here.backend(address, lambda about: pool.vectors(store, encoder)) as backend:
         width = len(backend.vectors(np.array([0]))[0])
         wide = _as_indexed(vectors[[row for row, _ in groups]], config.similarity, similarity, width)
         found = nearest(backend, wide, pool.members, need, lambda q, p: pool.pictures[p] == pictures[q])
@@ -135,7 +136,7 @@ def _once(lists: Iterable[Iterable[Example]]) -> list[Example]:
 
 def _chosen(here: Place, config: EvalConfig) -> tuple[str, Manifest]:
     """The index that serves a config. Raises ValueError where none does, or several do."""
-    held, name, command = here.held(), _name(config.benchmark), _command(config)
+    held, name, command = here.held(Manifest), _name(config.benchmark), _command(config)
     if not held:
         raise ValueError(f"index {config.index} is not there, or unfinished; make it: {command}")
     same = {address: each for address, each in held.items() if each.benchmark == name}

@@ -1,4 +1,4 @@
-"""What an index is made of: the contents of demonstrations, and what it says of itself.
+"""What an index is made of: the contents of demonstrations, and what every index says of itself.
 
 R rows, D width of a vector.
 """
@@ -12,15 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pydantic
 
 from flamingo.eval.benchmarks import Example
-from flamingo.eval.embedding import PARTS, Encoder, Vectors, text_key
+from flamingo.eval.embedding import PARTS, Encoder, Part
+from flamingo.eval.vectors import Vectors, text_key
 
 LIBRARIES = ("open_clip_torch", "torch", "transformers")
+NAMED = 100  # items of a row that are named beside it
 
 
 @dataclass
@@ -67,6 +69,11 @@ class Contents:
                 groups.setdefault((row, self.pictures[position]), []).append(position)
         return [(row, positions) for (row, _), positions in groups.items()]
 
+    def about(self) -> list[str]:
+        """A word on each row: the ids of its examples."""
+        ids = [[self.examples[position].id for position in members] for members in self.members]
+        return [json.dumps({"demonstrations": len(each), "ids": each[:NAMED]}) for each in ids]
+
     def vectors(
         self, store: Vectors, encoder: Encoder, rows: Sequence[tuple[str, ...]] | None = None
     ) -> np.ndarray:
@@ -86,27 +93,44 @@ def text_of(example: Example) -> str:
     return example.question.strip() or example.context.strip()
 
 
-class Manifest(pydantic.BaseModel):
-    """What an index was made of. Digests: 16 hex digits.
+class Held(pydantic.BaseModel):
+    """What every index says of itself.
 
     Attributes:
-        encoder: its name; weights: digest of each part of it. examples: how many demonstrations;
-        ids, texts, pictures: digests of theirs, in order. rows, width: of the vectors.
+        encoder: its name; weights: digest of each part of it. rows, width: of the vectors.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    made_by: ClassVar[str]
+
+    encoder: str
+    weights: dict[str, str]
+    rows: int
+    width: int
+    versions: dict[str, str]
+
+    def changed_weights(self, encoder: Encoder) -> list[str]:
+        """What of the encoder is another, in words."""
+        kept = self.weights
+        changed = [part for part in PARTS["both"] if part in kept and encoder.digest(part) != kept[part]]
+        return [f"the {part} encoder of {self.encoder} changed" for part in changed]
+
+
+class Manifest(Held):
+    """What an index of demonstrations was made of. Digests: 16 hex digits.
+
+    Attributes:
+        examples: how many demonstrations; ids, texts, pictures: digests of theirs, in order.
+    """
+
+    made_by: ClassVar[str] = "flamingo eval index"
 
     benchmark: str
     similarity: str
-    encoder: str
-    weights: dict[str, str]
     examples: int
     ids: str
     texts: str
     pictures: str
-    rows: int
-    width: int
-    versions: dict[str, str]
 
     @classmethod
     def of(
@@ -120,7 +144,7 @@ class Manifest(pydantic.BaseModel):
             **data_digests(contents.examples, contents.pictures),
             rows=len(contents.rows),
             width=width,
-            versions={name: version(name) for name in LIBRARIES},
+            versions=library_versions(),
         )
 
     def changed(self, contents: Contents) -> list[str]:
@@ -134,21 +158,46 @@ class Manifest(pydantic.BaseModel):
         said = {"ids": "the demonstrations", "texts": "their texts", "pictures": "their pictures"}
         return [f"{what} changed" for name, what in said.items() if getattr(self, name) != now[name]]
 
-    def changed_weights(self, encoder: Encoder) -> list[str]:
-        """What of the encoder is another, in words."""
-        parts = [part for part in PARTS[self.similarity] if encoder.digest(part) != self.weights.get(part)]
-        return [f"the {part} encoder of {self.encoder} changed" for part in parts]
+
+class Catalogue(Held):
+    """What an index of pictures or texts was made of.
+
+    Attributes:
+        holds: image or text; items: how many, of which those with the same content share a row;
+        content: digest of what is said of all rows; sources: where the items were found.
+    """
+
+    made_by: ClassVar[str] = "flamingo clip embed"
+
+    holds: Part
+    items: int
+    content: str
+    sources: list[str]
+
+
+_ANY = pydantic.TypeAdapter(Manifest | Catalogue)
+
+
+def read_manifest(text: str) -> Held:
+    """Of whichever command. Raises pydantic.ValidationError for anything else."""
+    return _ANY.validate_json(text)
+
+
+def library_versions() -> dict[str, str]:
+    """Of what vectors may depend on."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def data_digests(examples: Sequence[Example], pictures: Sequence[str]) -> dict[str, Any]:
     """Fields of a manifest."""
     return {
         "examples": len(examples),
-        "ids": _digest(e.id for e in examples),
-        "texts": _digest(json.dumps([e.question, e.context]) for e in examples),
-        "pictures": _digest(pictures),
+        "ids": digest_of(e.id for e in examples),
+        "texts": digest_of(json.dumps([e.question, e.context]) for e in examples),
+        "pictures": digest_of(pictures),
     }
 
 
-def _digest(words: Iterable[str]) -> str:
+def digest_of(words: Iterable[str]) -> str:
+    """16 hex digits."""
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]

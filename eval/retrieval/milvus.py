@@ -1,35 +1,38 @@
 """Indexes in a Milvus: a file (Milvus Lite), a server, or Zilliz Cloud; one collection each.
 
-A collection holds each row's vector, and in row -1 the manifest, which is written last: without it
-the collection is unfinished.
+A collection holds each row's vector with a word on it, and in row -1 the manifest, which is written
+last: without it the collection is unfinished.
 
 Q queries, R rows, K rows found, D width of a vector.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pydantic
 from filelock import FileLock
 
-from flamingo.eval.retrieval.contents import Manifest
+from flamingo.eval.retrieval.contents import Held, read_manifest
 
 CONNECT_SECONDS, CALL_SECONDS = 10, 120  # that a Milvus may take
 MOST = 16_384  # rows that a Milvus gives of a search
 QUERIES = 64  # sent at a time
 MESSAGE = 2**23  # bytes of vectors sent or fetched at a time
+WORDS = 128  # words on rows fetched at a time, of up to 65,535 bytes each
 TOKENS = ("FLAMINGO_MILVUS_TOKEN", "MILVUS_TOKEN")
 PREFIX = "flamingo_"  # of collections that have no name of their own
 MANIFEST = -1  # the row that holds it
 FIELDS = {"row", "vector", "about"}
+Kind = TypeVar("Kind", bound=Held)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def connected(address: Address) -> Iterator[Any]:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_file():
             raise ValueError(f"{file} is a database of an older Milvus Lite, or none: choose another name")
-    with FileLock(f"{file}.lock") if file is not None else nullcontext():
+    with _alone(file) if file is not None else nullcontext():
         client = None
         try:
             client = MilvusClient(address.uri, token=token, timeout=CONNECT_SECONDS)
@@ -93,6 +96,20 @@ def connected(address: Address) -> Iterator[Any]:
                 client.close()
             if file is not None:
                 _release(file)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """One process at a time. Milvus Lite answers calls that it does not know with a traceback on the
+    terminal, though pymilvus does without them: what matters reaches the client as an exception."""
+    server = logging.getLogger("grpc._server")
+    before = server.level
+    server.setLevel(logging.CRITICAL)
+    try:
+        with FileLock(f"{file}.lock"):
+            yield
+    finally:
+        server.setLevel(before)
 
 
 def _explained(address: Address, error: Any, token: str, connecting: bool) -> str:
@@ -140,9 +157,9 @@ class Collection:
         client.load_collection(self._name, timeout=CALL_SECONDS)
         kept = client.get(self._name, ids=[MANIFEST], output_fields=["about"], timeout=CALL_SECONDS)
         if not kept:
-            raise Unfinished(f"{address} is unfinished: run `flamingo eval index` again")
+            raise Unfinished(f"{address} is unfinished: run the command that makes it again")
         try:
-            self.manifest = Manifest.model_validate_json(kept[0]["about"])
+            self.manifest = read_manifest(kept[0]["about"])
         except pydantic.ValidationError:
             raise ValueError(f"{address} was made by another version: choose another collection") from None
         if width != self.manifest.width:
@@ -196,25 +213,44 @@ class Collection:
         assert self._fetched[rows].all(), "Milvus found rows that it does not give"
         return self._vectors[rows]
 
+    def about(self, rows: np.ndarray) -> list[str]:
+        """The words on rows int64[K]."""
+        found: dict[int, str] = {}
+        for start in range(0, len(rows), WORDS):
+            part = [int(row) for row in rows[start : start + WORDS]]
+            got = self._client.get(self._name, ids=part, output_fields=["row", "about"], timeout=CALL_SECONDS)
+            found |= {int(record["row"]): str(record["about"]) for record in got}
+        return [found[int(row)] for row in rows]
 
-def held(client: Any, address: Address) -> dict[str, Manifest]:
-    """Finished indexes by address: the one that it names, or all whose name says what they are.
+
+def held(client: Any, address: Address, kind: type[Kind]) -> dict[str, Kind]:
+    """Finished indexes of a kind by address: the one that it names, or all whose name says what they are.
 
     Raises ValueError where that is a collection of another kind.
     """
-    found = {}
+    found: dict[str, Kind] = {}
     names = client.list_collections(timeout=CALL_SECONDS)
     wanted = address.collection
     for name in sorted(n for n in names if (n == wanted if wanted else n.startswith(PREFIX))):
         one = replace(address, collection=name)
         try:
-            found[str(one)] = Collection(client, one).manifest
+            manifest = Collection(client, one).manifest
+            if not isinstance(manifest, kind):
+                raise foreign(str(one), manifest, kind)
+            found[str(one)] = manifest
         except Unfinished:
             continue
         except ValueError:
             if address.collection:
                 raise
     return found
+
+
+def foreign(where: str, found: Held, wanted: type[Held]) -> ValueError:
+    """Of an index that another command made."""
+    return ValueError(
+        f"{where} holds an index of `{found.made_by}`, not one of `{wanted.made_by}`: name another place"
+    )
 
 
 def _width(client: Any, address: Address) -> int:
@@ -224,15 +260,13 @@ def _width(client: Any, address: Address) -> int:
     if by_name.keys() != FIELDS:
         told = f", its vectors have {widths[0]} dimensions" if widths else ""
         raise ValueError(
-            f"{address} was not made by `flamingo eval index` (fields {', '.join(sorted(by_name))}{told}): "
+            f"{address} was not made by flamingo (fields {', '.join(sorted(by_name))}{told}): "
             "choose another collection"
         )
     return int(by_name["vector"]["params"]["dim"])
 
 
-def write(
-    client: Any, address: Address, manifest: Manifest, vectors: np.ndarray, about: Sequence[str]
-) -> None:
+def write(client: Any, address: Address, manifest: Held, vectors: np.ndarray, about: Sequence[str]) -> None:
     """A new collection; an unfinished or older one of ours under this name goes.
 
     vectors: float32[R, D]; about: a word on each row. Raises ValueError for a foreign collection.
@@ -252,11 +286,23 @@ def write(
     client.create_collection(
         name, schema=schema, index_params=index, consistency_level="Strong", timeout=CALL_SECONDS
     )
-    step = max(1, MESSAGE // (4 * vectors.shape[1]))
-    for start in range(0, len(vectors), step):
-        rows = range(start, min(start + step, len(vectors)))
+    for rows in _batches(about, 4 * vectors.shape[1]):
         part = [{"row": row, "vector": vectors[row], "about": about[row]} for row in rows]
         client.insert(name, part, timeout=CALL_SECONDS)
     last = {"row": MANIFEST, "vector": np.zeros(vectors.shape[1], np.float32)}
     client.load_collection(name, timeout=CALL_SECONDS)
     client.insert(name, [{**last, "about": manifest.model_dump_json()}], timeout=CALL_SECONDS)
+
+
+def _batches(about: Sequence[str], vector: int) -> Iterator[list[int]]:
+    """Rows that are sent together: at most `MESSAGE` bytes of vectors and words, but for one row alone."""
+    rows: list[int] = []
+    size = 0
+    for row, words in enumerate(about):
+        if rows and size + vector + len(words) > MESSAGE:
+            yield rows
+            rows, size = [], 0
+        rows.append(row)
+        size += vector + len(words)
+    if rows:
+        yield rows

@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pydantic
 
 from flamingo.data.writing import write_aside
 from flamingo.eval.retrieval import milvus
-from flamingo.eval.retrieval.contents import Contents, Manifest
+from flamingo.eval.retrieval.contents import Contents, Held, Manifest, read_manifest
 from flamingo.eval.retrieval.search import Backend, Faiss
 
-MANIFEST, IDS = "manifest.json", "ids.json"
-NAMED = 100  # demonstrations of a row whose ids are kept beside it in a Milvus
+MANIFEST, IDS, ROWS = "manifest.json", "ids.json", "rows.jsonl"
+Kind = TypeVar("Kind", bound=Held)
+# Of what is said of each row -> float32[R, D], for a backend that keeps no vectors.
+Load = Callable[[Sequence[str]], np.ndarray]
 
 
 class Place(ABC):
@@ -30,20 +33,30 @@ class Place(ABC):
     kept: Path
 
     @abstractmethod
-    def held(self) -> dict[str, Manifest]:
-        """Finished indexes by address. Raises ValueError for something else in their place."""
+    def held(self, kind: type[Kind]) -> dict[str, Kind]:
+        """Finished indexes of a kind by address. Raises ValueError for something else in their place."""
 
     @abstractmethod
-    def address(self, benchmark: str, similarity: str, encoder: str) -> str:
-        """Of a new index."""
+    def address(self, what: str, similarity: str, encoder: str) -> str:
+        """Of a new index. what: a benchmark, or another word on what it holds."""
 
     @abstractmethod
-    def write(self, address: str, manifest: Manifest, contents: Contents, vectors: np.ndarray) -> None:
-        """float32[R, D], one row per row of the contents; in place of one that is there."""
+    def write(
+        self,
+        address: str,
+        manifest: Held,
+        about: Sequence[str],
+        vectors: np.ndarray,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        """float32[R, D] with a line on each row; in place of an index that is there.
+
+        ids: of demonstrations, by which those that are new and gone can be named later.
+        """
 
     @abstractmethod
-    def backend(self, address: str, vectors: Callable[[], np.ndarray]) -> AbstractContextManager[Backend]:
-        """Open for searches. vectors: float32[R, D], for a backend that keeps none."""
+    def backend(self, address: str, load: Load) -> AbstractContextManager[Backend]:
+        """Open for searches."""
 
     def changed(self, manifest: Manifest, contents: Contents) -> list[str]:
         """What of the demonstrations is another than when they were indexed, in words."""
@@ -51,37 +64,50 @@ class Place(ABC):
 
 
 class Folder(Place):
-    """manifest.json and ids.json; the vectors lie beside them by content, those of queries too."""
+    """manifest.json, with it ids.json of demonstrations, or rows.jsonl of a catalogue; the vectors lie
+    beside them by content, those of queries too."""
 
     def __init__(self, folder: Path):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"index {folder} is a file: name a folder, or FILE.db for Milvus Lite")
         self.kept = folder
 
-    def held(self) -> dict[str, Manifest]:
+    def held(self, kind: type[Kind]) -> dict[str, Kind]:
         file = self.kept / MANIFEST
         if not file.exists():
             return {}
         try:
-            return {str(self.kept): Manifest.model_validate_json(file.read_text())}
+            found = read_manifest(file.read_text())
         except (pydantic.ValidationError, UnicodeDecodeError):
             raise ValueError(
                 f"{file} is not the manifest of an index, or was altered: choose another folder, or delete it"
             ) from None
+        if not isinstance(found, kind):
+            raise milvus.foreign(str(self.kept), found, kind)
+        return {str(self.kept): found}
 
-    def address(self, benchmark: str, similarity: str, encoder: str) -> str:
+    def address(self, what: str, similarity: str, encoder: str) -> str:
         return str(self.kept)
 
-    def write(self, address: str, manifest: Manifest, contents: Contents, vectors: np.ndarray) -> None:
-        ids = json.dumps([example.id for example in contents.examples])
-        (self.kept / MANIFEST).unlink(missing_ok=True)  # first: ids and manifest belong together
-        write_aside(self.kept / IDS, lambda place: place.write_text(ids))
+    def write(
+        self,
+        address: str,
+        manifest: Held,
+        about: Sequence[str],
+        vectors: np.ndarray,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        name, listed = (ROWS, "\n".join(about)) if ids is None else (IDS, json.dumps(list(ids)))
+        (self.kept / MANIFEST).unlink(missing_ok=True)  # first: the list and the manifest belong together
+        write_aside(self.kept / name, lambda place: place.write_text(listed))
         said = manifest.model_dump_json(indent=1) + "\n"
         write_aside(self.kept / MANIFEST, lambda place: place.write_text(said))
 
     @contextmanager
-    def backend(self, address: str, vectors: Callable[[], np.ndarray]) -> Iterator[Backend]:
-        yield Faiss(vectors())
+    def backend(self, address: str, load: Load) -> Iterator[Backend]:
+        file = self.kept / ROWS
+        about = file.read_text().split("\n") if file.exists() else []
+        yield Faiss(load(about), about)
 
     def changed(self, manifest: Manifest, contents: Contents) -> list[str]:
         said = manifest.changed(contents)
@@ -100,26 +126,29 @@ class Milvus(Place):
         file = where.file
         self.kept = cache_folder() if file is None else file.with_name(f"{file.name}.vectors")
 
-    def held(self) -> dict[str, Manifest]:
+    def held(self, kind: type[Kind]) -> dict[str, Kind]:
         file = self.where.file
         if file is not None and not file.exists():
             return {}
         with milvus.connected(self.where) as client:
-            return milvus.held(client, self.where)
+            return milvus.held(client, self.where, kind)
 
-    def address(self, benchmark: str, similarity: str, encoder: str) -> str:
-        return str(self.where.named(milvus.collection_name(benchmark, similarity, encoder)))
+    def address(self, what: str, similarity: str, encoder: str) -> str:
+        return str(self.where.named(milvus.collection_name(what, similarity, encoder)))
 
-    def write(self, address: str, manifest: Manifest, contents: Contents, vectors: np.ndarray) -> None:
-        about = []
-        for members in contents.members:
-            ids = [contents.examples[position].id for position in members]
-            about.append(json.dumps({"demonstrations": len(ids), "ids": ids[:NAMED]}))
+    def write(
+        self,
+        address: str,
+        manifest: Held,
+        about: Sequence[str],
+        vectors: np.ndarray,
+        ids: Sequence[str] | None = None,
+    ) -> None:
         with milvus.connected(self.where) as client:
             milvus.write(client, _parsed(address), manifest, vectors, about)
 
     @contextmanager
-    def backend(self, address: str, vectors: Callable[[], np.ndarray]) -> Iterator[Backend]:
+    def backend(self, address: str, load: Load) -> Iterator[Backend]:
         with milvus.connected(self.where) as client:
             yield milvus.Collection(client, _parsed(address))
 

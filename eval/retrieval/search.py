@@ -31,21 +31,25 @@ class Backend(Protocol):
         """float32[K, D] of rows int64[K]."""
         ...
 
+    def about(self, rows: np.ndarray) -> list[str]:
+        """What is said of rows int64[K]."""
+        ...
+
 
 class Faiss:
     """All in memory, compared one by one."""
 
-    def __init__(self, vectors: np.ndarray):
-        """vectors: float32[R, D]."""
+    def __init__(self, vectors: np.ndarray, about: Sequence[str] = ()):
+        """vectors: float32[R, D]; about: a line on each row, where there is one."""
         try:
             import faiss
         except ImportError:
-            raise ValueError("FAISS is not there: pip install 'flamingo-vlm[retrieval]'") from None
+            raise ValueError("FAISS is not there: pip install 'flamingo-vlm[eval]'") from None
         import torch
 
         faiss.omp_set_num_threads(torch.get_num_threads())
         self.rows = self.most = len(vectors)
-        self._vectors = vectors
+        self._vectors, self._about = vectors, about
         self._index: Any = faiss.IndexFlatIP(vectors.shape[1])
         self._index.add(vectors)
 
@@ -55,22 +59,27 @@ class Faiss:
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         return self._vectors[rows]
 
+    def about(self, rows: np.ndarray) -> list[str]:
+        return [self._about[int(row)] for row in rows]
+
 
 def nearest(
     backend: Backend,
     queries: np.ndarray,
-    members: Sequence[Sequence[int]],
+    members: Sequence[Sequence[int]] | None,
     need: int,
     barred: Callable[[int, int], bool] = lambda query, position: False,
 ) -> list[list[int]]:
     """Positions in the pool, nearest first, `need` of them for each of float32[Q, D] queries.
 
-    members: of each row, the positions that have its content, ascending; barred(query, position): what
-    a query must not get. Scores are computed again in float64 and ties go by position, so that the
-    order does not depend on the backend; more rows are fetched until no tie can lie outside of them.
+    members: of each row, the positions that have its content, ascending; None: the row itself;
+    barred(query, position): what a query must not get. Scores are computed again in float64 and ties
+    go by position, so that the order does not depend on the backend; more rows are fetched until no tie
+    can lie outside of them.
     """
     found: list[list[int]] = [[] for _ in queries]
     left, fetch = list(range(len(queries))), min(backend.rows, need + SPARE)
+    of_row = members.__getitem__ if members is not None else lambda row: (row,)
     while left:
         if fetch > backend.most:
             backend = Faiss(backend.vectors(np.arange(backend.rows)))
@@ -83,7 +92,7 @@ def nearest(
                 ranked = [
                     (-score, position)
                     for score, row in zip(exact.tolist(), own.tolist(), strict=True)
-                    for position in islice((p for p in members[row] if not barred(number, p)), need)
+                    for position in islice((p for p in of_row(row) if not barred(number, p)), need)
                 ]
                 ranked = sorted(ranked)[:need]
                 found[number] = [position for _, position in ranked]

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from flamingo.config import ADDED_TOKENS, FlamingoConfig, FlamingoVisionConfig
 from flamingo.eval import embedding, retrieval
+from flamingo.eval import vectors as stored
 from flamingo.eval.benchmarks import Example
 from flamingo.eval.commands import app
 from flamingo.eval.config import EvalConfig
@@ -344,7 +345,7 @@ def test_training_does_not_outdate_an_index_by_the_frozen_encoder(gallery, flami
 
 
 def test_two_processes_find_together_what_one_finds(gallery, clip, predictor, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "CHUNK", 2)
+    monkeypatch.setattr(stored, "CHUNK", 2)
     for folder in ("one", "two"):
         retrieval.build_index(NAME, gallery, str(tmp_path / folder), clip)
     whole = found(config(gallery, tmp_path / "one"), predictor)
@@ -356,7 +357,7 @@ def test_two_processes_find_together_what_one_finds(gallery, clip, predictor, tm
 
 
 def test_each_vector_is_computed_once_however_many_want_it(gallery, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "CHUNK", 2)
+    monkeypatch.setattr(stored, "CHUNK", 2)
     computed: list[str] = []
 
     class Counting(embedding.OpenClip):
@@ -367,12 +368,12 @@ def test_each_vector_is_computed_once_however_many_want_it(gallery, clip, tmp_pa
     encoder = Counting(clip.removeprefix("open_clip:"))
     items = {str(number): gallery / f"train{number}.png" for number in range(POOL)}
     with ThreadPoolExecutor(3) as threads:
-        stores = [embedding.Vectors(tmp_path / "kept", rank, 3) for rank in range(3)]
+        stores = [stored.Vectors(tmp_path / "kept", rank, 3) for rank in range(3)]
         got = list(threads.map(lambda store: store.get(encoder, "image", items), stores))
     assert sorted(computed) == sorted(map(str, items.values()))
     for vectors in got:
         np.testing.assert_array_equal(vectors, got[0])
-    later = embedding.Vectors(tmp_path / "kept").get(encoder, "image", items, ["7", "3"])
+    later = stored.Vectors(tmp_path / "kept").get(encoder, "image", items, ["7", "3"])
     np.testing.assert_array_equal(later, got[0][[7, 3]])
     assert len(computed) == POOL
 
@@ -403,7 +404,7 @@ def test_an_index_is_made_once_and_again_only_for_what_is_new(gallery, clip, tmp
 
 
 def test_an_interrupted_index_goes_on_where_it_stopped(gallery, clip, predictor, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "CHUNK", 5)
+    monkeypatch.setattr(stored, "CHUNK", 5)
     computed: list[Path] = []
     embed = embedding.OpenClip.embed
 
@@ -633,7 +634,7 @@ def test_weights_of_a_file_have_the_activation_of_their_architecture(tmp_path):
 
 def test_text_without_words_and_pictures_that_cannot_be_read_are_refused(gallery, clip, tmp_path):
     task = Task.of(config(gallery, None))
-    keys = embedding.picture_keys(tmp_path, [e.image for e in task.pool])
+    keys = stored.picture_keys(tmp_path, [e.image for e in task.pool])
     silent = [replace(task.pool[0], question=" ")]
     with pytest.raises(ValueError, match="train0 has no question or other text to compare; choose image"):
         retrieval.Contents.of(silent, keys, "both")
@@ -658,19 +659,19 @@ def test_a_damaged_file_of_vectors_is_named(gallery, clip, tmp_path):
 
 
 def test_a_picture_is_read_again_only_when_its_file_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "SETTLED", -1.0)
+    monkeypatch.setattr(stored, "SETTLED", -1.0)
     read: list[Path] = []
-    content_key = embedding._content_key
-    monkeypatch.setattr(embedding, "_content_key", lambda p: read.append(p) or content_key(p))
+    content_key = stored._content_key
+    monkeypatch.setattr(stored, "_content_key", lambda p: read.append(p) or content_key(p))
     files = [paint(tmp_path / f"{n}.png", n) for n in range(3)]
-    first = embedding.picture_keys(tmp_path / "kept", files)
-    assert embedding.picture_keys(tmp_path / "kept", files) == first
+    first = stored.picture_keys(tmp_path / "kept", files)
+    assert stored.picture_keys(tmp_path / "kept", files) == first
     assert sorted(read) == files
     (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes() + b" ")
-    assert embedding.picture_keys(tmp_path / "kept", files)[files[1]] != first[files[1]]
+    assert stored.picture_keys(tmp_path / "kept", files)[files[1]] != first[files[1]]
     assert read[3:] == files[1:2]
     (tmp_path / "kept" / "pictures.json").write_text("cut o")
-    assert embedding.picture_keys(tmp_path / "kept", files[:1]) == {files[0]: first[files[0]]}
+    assert stored.picture_keys(tmp_path / "kept", files[:1]) == {files[0]: first[files[0]]}
 
 
 # -- the command ---------------------------------------------------------------------------
