@@ -11,9 +11,11 @@ from flamingo.checkpoints.commands import app as convert_app
 from flamingo.data.commands import app as data_app
 from flamingo.data.tools import commands as tools
 from flamingo.data.tools.commands import plain_errors
+from flamingo.eval.clip.commands import app as clip_app
 from flamingo.eval.commands import app as eval_app
 from flamingo.serving import commands as serving
 from flamingo.serving.demo.command import demo
+from flamingo.train.contrastive.commands import train as train_encoder
 
 app = typer.Typer(
     help="Flamingo: a frozen language model that sees. Make data, train, evaluate, ask.",
@@ -23,6 +25,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
+app.add_typer(clip_app, name="clip")
+clip_app.command("train")(train_encoder)
 app.command()(serving.generate)
 app.command()(serving.chat)
 app.command()(demo)
