@@ -173,7 +173,9 @@ class OpenClip(Encoder):
         return self.model.logit_scale.exp().item(), None if bias is None else bias.item()
 
     def pictures(self, images: list[Any]) -> Tensor:
-        return self.model.encode_image(torch.stack([self.prepare(image) for image in images]).to(_device()))
+        with ThreadPoolExecutor(min(8, cores())) as threads:
+            prepared = list(threads.map(self.prepare, images))
+        return self.model.encode_image(torch.stack(prepared).to(_device()))
 
     def texts(self, texts: list[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(_device()))

@@ -17,7 +17,12 @@ from typer.testing import CliRunner
 
 from flamingo.cli import app
 from flamingo.data.writing import write_tar
+from flamingo.eval.benchmarks import Example, Prediction
+from flamingo.eval.config import EvalConfig
+from flamingo.eval.run import answers_file
+from flamingo.eval.session import Plan
 
+CAPTIONS = ("a red circle", "two dogs on grass", "", "a blue square", "a red circle", "rain")
 COLOURS = ("red", "green", "blue", "gold")
 CONFIG: dict[str, Any] = {
     "embed_dim": 16,
@@ -90,6 +95,34 @@ def shards(tmp_path: Path) -> str:
             samples.append((f"{number:04}", sample))
         write_tar(folder / f"pairs-{shard}.tar", samples)
     return str(folder / "pairs-{0..1}.tar")
+
+
+@pytest.fixture
+def sides(photos) -> tuple[list[Prediction], list[Example]]:
+    pictures = sorted(photos.rglob("*.png"))
+    predictions = [Prediction(str(n), text) for n, text in enumerate(CAPTIONS)]
+    examples = [
+        Example(str(n), pictures[n], answers=(f"a thing number {n}", "a red circle"))
+        for n in range(len(CAPTIONS))
+    ]
+    return predictions, examples
+
+
+@pytest.fixture
+def evaluated(sides, tmp_path) -> Path:
+    """What `flamingo eval run` leaves of two seeds of COCO captions, without the pictures' data set."""
+    predictions, examples = sides
+    config = EvalConfig(benchmark="coco", data=tmp_path, shots=(0,), control_limit=0, trials=2)
+    folder = tmp_path / "results" / "answers"
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps(Plan("model", "", config).fields()))
+    for seed, setting in enumerate(config.settings()):
+        records = [
+            {"id": e.id, "answers": list(e.answers), "image": str(e.image), "prediction": p.text + "!" * seed}
+            for p, e in zip(predictions, examples, strict=True)
+        ]
+        answers_file(folder, setting, 0).write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder.parent
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,8 @@ from PIL import Image
 
 from flamingo.eval import metrics
 from flamingo.eval.benchmarks import Example, Prediction
-from flamingo.eval.config import EvalConfig
 from flamingo.eval.metrics import _clip
-from flamingo.eval.run import answers_file
-from flamingo.eval.session import Plan
-from tests.clip.conftest import fails, passes, run
-
-CAPTIONS = ("a red circle", "two dogs on grass", "", "a blue square", "a red circle", "rain")
+from tests.clip.conftest import CAPTIONS, fails, passes, run
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +35,6 @@ def by_hand(encoder: str, caption: str, picture: Path, references: list[str]) ->
     score = 2.5 * max(float(texts[0] @ image), 0)
     near = max(0.0, *(float(texts[0] @ each) for each in texts[1:]))
     return score, 2 * score * near / (score + near) if score + near else 0.0
-
-
-@pytest.fixture
-def sides(photos) -> tuple[list[Prediction], list[Example]]:
-    pictures = sorted(photos.rglob("*.png"))
-    predictions = [Prediction(str(n), text) for n, text in enumerate(CAPTIONS)]
-    examples = [
-        Example(str(n), pictures[n], answers=(f"a thing number {n}", "a red circle"))
-        for n in range(len(CAPTIONS))
-    ]
-    return predictions, examples
 
 
 def test_scores_are_the_papers_formulas(sides, encoder):
@@ -108,23 +92,6 @@ def test_pictures_and_encoders_that_cannot_be_used_are_refused(sides, monkeypatc
 
 
 # ---- the command -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def evaluated(sides, tmp_path) -> Path:
-    """What `flamingo eval run` leaves of two seeds of COCO captions, without the pictures' data set."""
-    predictions, examples = sides
-    config = EvalConfig(benchmark="coco", data=tmp_path, shots=(0,), control_limit=0, trials=2)
-    folder = tmp_path / "results" / "answers"
-    folder.mkdir(parents=True)
-    (folder / "plan.json").write_text(json.dumps(Plan("model", "", config).fields()))
-    for seed, setting in enumerate(config.settings()):
-        records = [
-            {"id": e.id, "answers": list(e.answers), "image": str(e.image), "prediction": p.text + "!" * seed}
-            for p, e in zip(predictions, examples, strict=True)
-        ]
-        answers_file(folder, setting, 0).write_text("".join(json.dumps(r) + "\n" for r in records))
-    return folder.parent
 
 
 def test_answers_of_an_evaluation_are_scored_without_its_model(evaluated, sides, encoder, tmp_path):
