@@ -39,7 +39,12 @@ FROM_DATA = {"processing": {"flamingo.data.transforms"}}  # what the model may u
 # Who may import a heavy or optional library; others get at it through them.
 OWNERS = {
     "deepspeed": {"flamingo.train.engine", "flamingo.train.moments"},
-    "open_clip": {"flamingo.vision.open_clip", "flamingo.eval.embedding"},
+    "open_clip": {
+        "flamingo.vision.open_clip",
+        "flamingo.eval.embedding",
+        "flamingo.train.contrastive.encoder",
+        "flamingo.train.contrastive.loss",
+    },
     "timm": {"flamingo.vision.timm", "flamingo.backbones"},
     "faiss": {"flamingo.eval.retrieval.search"},
     "pymilvus": {"flamingo.eval.retrieval.milvus"},

@@ -14,10 +14,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,27 @@ from torch import Tensor
 
 from flamingo.data.writing import fingerprint, fsync_folder
 from flamingo.train import engine as engines
-from flamingo.train.engine import Engine, gather_objects, gathered
+from flamingo.train.engine import gather_objects, gathered
+from flamingo.train.moments import Moments
+from flamingo.train.precision import LossScale
 
 MANIFEST, FORMAT = "manifest.json", "flamingo training 1"
 CHUNK = 2 << 30  # bytes of a file, about
 WEIGHT = "weight"
 Parts = list[dict[str, Tensor]]
+
+
+class Trained(Protocol):
+    """What a checkpoint is made of: an engine, or whatever holds the same of a model that is trained."""
+
+    @property
+    def named(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def moments(self) -> Moments: ...
+
+    @property
+    def scale(self) -> LossScale: ...
 
 
 class Checkpoints:
@@ -47,7 +62,7 @@ class Checkpoints:
         self._failed: str | None = None
         self._step = 0
 
-    def save(self, engine: Engine, step: int) -> None:
+    def save(self, engine: Trained, step: int) -> None:
         """Write `folder/step-...` and remove all but the newest.
 
         Raises OSError on all ranks when any of them could not write; older checkpoints are intact.
@@ -125,7 +140,7 @@ def _make_room(part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _snapshot(engine: Engine, copy: bool) -> Parts:
+def _snapshot(engine: Trained, copy: bool) -> Parts:
     """This rank's share of all trained state, on the CPU: every n-th parameter, n being the ranks.
 
     copy: also where the tensors are on the CPU already, because training goes on.
@@ -273,7 +288,7 @@ class Saved:
     def __call__(self, kind: str, name: str) -> Tensor:
         return self.home[f"{kind}/{name}"].get_tensor(f"{kind}/{name}")
 
-    def check(self, named: dict[str, torch.nn.Parameter], new: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    def check(self, named: Mapping[str, Tensor], new: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         """Raises ValueError unless it holds just these parameters; `new` ones may be missing."""
         missing, unknown = sorted(set(named) - self.names - new), sorted(self.names - set(named))
         if missing or unknown:
@@ -290,7 +305,7 @@ class Saved:
                 )
 
     @torch.no_grad()
-    def weights_into(self, named: dict[str, torch.nn.Parameter]) -> None:
+    def weights_into(self, named: Mapping[str, Tensor]) -> None:
         """Put the weights into parameters, before an engine takes them."""
         for name in sorted(self.names):
             with gathered([named[name]], changed=True):
@@ -298,7 +313,7 @@ class Saved:
                     named[name].copy_(self(WEIGHT, name))
 
     @torch.no_grad()
-    def moments_into(self, engine: engines.Engine) -> None:
+    def moments_into(self, engine: Trained) -> None:
         """Put the optimizer's state and the loss scale into an engine."""
         kinds = (*engines.KEYS, engines.STEP)
         for name in sorted(self.names.intersection(engine.named)):  # all ranks in one order

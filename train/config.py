@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flamingo.data.config import SourceConfig
 
-# What must not change when a run goes on. ZeRO stage, ranks and accumulation may.
-IDENTITY = ("seed", "steps", "model", "sources", "optimizer", "autocast", "lora", "unfreeze", "z_loss")
+RECIPE = "recipe.yaml"  # in the folder of a run
+
 
 # Parameter groups with learning rates of their own; `optim.group_of` says what is in them.
 Group = Literal[
@@ -50,13 +51,10 @@ class ModelConfig(Section):
     )
 
 
-class OptimizerConfig(Section):
-    """AdamW with warm-up. Weight decay acts on matrices of the gated blocks only (paper, B.1.2)."""
+class AdamWConfig(Section):
+    """AdamW with warm-up, and the course of its learning rate."""
 
     lr: float = Field(1e-4, gt=0)
-    lr_factors: dict[Group, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="own factors of lr, e.g. {gates: 10, resampler: 0.5}"
-    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -67,6 +65,14 @@ class OptimizerConfig(Section):
     decay_share: float = Field(0.1, gt=0, le=1, description="share of the steps in which wsd decays")
     final_lr: float = Field(0.0, ge=0, le=1, description="share of lr that cosine, linear and wsd end at")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient, once per step")
+
+
+class OptimizerConfig(AdamWConfig):
+    """AdamW with warm-up. Weight decay acts on matrices of the gated blocks only (paper, B.1.2)."""
+
+    lr_factors: dict[Group, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="own factors of lr, e.g. {gates: 10, resampler: 0.5}"
+    )
 
 
 class LoraConfig(Section):
@@ -96,14 +102,51 @@ class EvaluateConfig(Section):
     )
 
 
-class Recipe(Section):
-    """One training run. Steps are optimizer steps; batches are counted over all ranks."""
+class RunConfig(Section):
+    """What every training run has, whatever it trains. Steps are optimizer steps."""
+
+    IDENTITY: ClassVar[tuple[str, ...]] = ()  # what must not change when a run goes on
 
     run: Annotated[Path, BeforeValidator(_number_as_text)] = Field(
         description="folder of the run: metrics, checkpoints, exported model"
     )
     seed: int = 0
     steps: int = Field(ge=1)
+    workers: int = Field(0, ge=0, description="processes per rank that read and decode ahead")
+    max_bad_samples: int = Field(
+        1000, ge=0, description="different bad samples that are replaced before the run stops"
+    )
+    log_every: int = Field(1, ge=1)
+    trackers: list[str] = Field(
+        default_factory=lambda: ["tensorboard"],
+        description="beside metrics.jsonl: tensorboard, wandb, trackio, or the dotted path of a class",
+    )
+    checkpoint_every: int = Field(500, ge=0, description="0: only at the end")
+    checkpoint_keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    checkpoint_background: bool = Field(
+        False, description="write while training goes on; costs memory for a copy of what is written"
+    )
+    wall_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="write a checkpoint and end with status 75 after so long, before a queue kills",
+    )
+    watchdog_seconds: float = Field(
+        1800.0,
+        ge=0,
+        description="a step that takes longer: the ranks that hang are named, the run ends; 0: never",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of a resumed run."""
+        return self.model_dump(mode="json", include=set(self.IDENTITY))
+
+
+class Recipe(RunConfig):
+    """One training run. Steps are optimizer steps; batches are counted over all ranks."""
+
+    IDENTITY = ("seed", "steps", "model", "sources", "optimizer", "autocast", "lora", "unfreeze", "z_loss")
+
     model: ModelConfig
     sources: list[SourceConfig] = Field(min_length=1)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
@@ -131,43 +174,19 @@ class Recipe(Section):
     lora: LoraConfig | None = None
     unfreeze: list[Unfreeze] = Field(default_factory=list)
     z_loss: float = Field(0.0, ge=0, description="weight of the mean squared log of the softmax's sum")
-    workers: int = Field(0, ge=0, description="processes per rank that read and decode ahead")
-    max_bad_samples: int = Field(
-        1000, ge=0, description="different bad samples that are replaced before the run stops"
-    )
     feature_cache_gb: float = Field(
         0.0, ge=0, description="memory per rank for grids of frozen images, so that none is encoded twice"
     )
     features: list[str] | str = Field(
         default_factory=list, description="folders of grids that `flamingo data features` made"
     )
-    log_every: int = Field(1, ge=1)
-    trackers: list[str] = Field(
-        default_factory=lambda: ["tensorboard"],
-        description="beside metrics.jsonl: tensorboard, wandb, trackio, or the dotted path of a class",
-    )
     blank_every: int = Field(20, ge=0, description="steps between losses with blank images; 0: never")
     evaluate: EvaluateConfig | None = None
     profile_steps: list[int] = Field(
         default_factory=list, description="steps whose profiler traces are kept in RUN/profile"
     )
-    checkpoint_every: int = Field(500, ge=0, description="0: only at the end")
-    checkpoint_keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    checkpoint_background: bool = Field(
-        False, description="write while training goes on; costs memory for a copy of what is written"
-    )
     max_skipped_steps: int = Field(
         10, ge=0, description="steps in a row without a finite gradient before the run stops"
-    )
-    wall_minutes: float | None = Field(
-        None,
-        gt=0,
-        description="write a checkpoint and end with status 75 after so long, before a queue kills",
-    )
-    watchdog_seconds: float = Field(
-        1800.0,
-        ge=0,
-        description="a step that takes longer: the ranks that hang are named, the run ends; 0: never",
     )
 
     @model_validator(mode="after")
@@ -223,12 +242,16 @@ class Recipe(Section):
                 "modules in pieces have to run equally often; set zero_stage to 2"
             )
 
-    def identity(self) -> dict[str, Any]:
-        """What must not change between the parts of a resumed run."""
-        return self.model_dump(mode="json", include=set(IDENTITY))
+
+R = TypeVar("R", bound=RunConfig)
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a Flamingo's training; see `read`."""
+    return read(path, overrides, Recipe)
+
+
+def read(path: str | Path, overrides: list[str] | None, kind: type[R]) -> R:
     """A recipe from YAML with `a.b=value` overrides (values are YAML; `sources.NAME.x` by name).
 
     Raises ValueError, naming file, key and the nearest known key, for anything it cannot use.
@@ -243,9 +266,10 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override(fields, override)
     try:
-        return Recipe.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from None
+        told = "; ".join(_explain(one, kind) for one in error.errors())
+        raise ValueError(f"recipe {path}: {told}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -289,24 +313,27 @@ def _by_name(items: list, name: str, key: str) -> dict:
     raise ValueError(f"override {key}: no {name!r} among {[i.get('name') for i in items]}")
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type[BaseModel]) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']} (got {error.get('input')!r})" if where else error["msg"]
-    known = _known_keys(error["loc"])
+    known = _known_keys(error["loc"], kind)
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return f"unknown key {where}; {hint}"
 
 
-def _known_keys(location: tuple) -> list[str]:
-    sections = {
-        "model": ModelConfig,
-        "optimizer": OptimizerConfig,
-        "sources": SourceConfig,
-        "lora": LoraConfig,
-        "unfreeze": Unfreeze,
-        "evaluate": EvaluateConfig,
-    }
-    section = Recipe if len(location) == 1 else sections.get(str(location[0]), Recipe)
-    return sorted(section.model_fields)
+def _known_keys(location: tuple, kind: type[BaseModel]) -> list[str]:
+    """The keys of the section that a place in a recipe lies in; numbers stand for entries of lists."""
+    for part in location[:-1]:
+        if part in kind.model_fields:
+            kind = next(_sections(kind.model_fields[part].annotation), kind)
+    return sorted(kind.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models inside the type of a field: of a list, of something or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inside in get_args(annotation):
+        yield from _sections(inside)

@@ -14,10 +14,8 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.train import checkpoint
 from flamingo.train.checkpoint import WEIGHT, Saved
-from flamingo.train.config import Recipe
+from flamingo.train.config import RECIPE, Recipe
 from flamingo.train.parts import add_adapters, architecture, merge_adapters, unfreeze
-
-RECIPE = "recipe.yaml"
 
 
 def assemble(

@@ -31,21 +31,19 @@ def launch(
 ) -> int:
     """Check the recipe here, where its errors are short, then run it. Returns the exit status."""
     read_recipe(recipe, overrides)
+    words = [recipe, *overrides]
+    words += ["--resume"] if resume else []
+    words += ["--accept-changed-shards"] if accept_changed_shards else []
+    return start("flamingo.train", words, ranks)
+
+
+def start(module: str, words: list[str], ranks: int | None) -> int:
+    """Run `python -m module words...` as so many ranks of this machine. Returns the exit status."""
     ranks = ranks or default_processes()
     check_processes(ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--hostfile", os.devnull]  # this machine alone, whatever lies in /job/hostfile
-    command += [
-        "--quiet",
-        "--master_port",
-        str(_free_port()),
-        "--module",
-        "flamingo.train",
-        recipe,
-        *overrides,
-    ]
-    command += ["--resume"] if resume else []
-    command += ["--accept-changed-shards"] if accept_changed_shards else []
+    command += ["--quiet", "--master_port", str(_free_port()), "--module", module, *words]
     return supervise(command, environment(ranks))
 
 

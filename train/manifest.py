@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from flamingo.data.steps import Feed
+from flamingo.data.stream import Stream
 
 FILE = "shards.json"
 NAMED = 5  # shards that a message names
@@ -18,13 +18,13 @@ NAMED = 5  # shards that a message names
 Manifest = dict[str, dict[str, str]]  # source -> shard -> digest
 
 
-def manifest(feeds: Iterable[Feed]) -> Manifest:
+def manifest(streams: Iterable[Stream]) -> Manifest:
     """The shards of every source with their digests: of names and sizes, and of the content if known."""
     found: Manifest = {}
-    for feed in feeds:
-        shards = feed.stream.shards
+    for stream in streams:
+        shards = stream.shards
         both = (f"{digest} {content}".strip() for digest, content in zip(shards.digests, shards.contents))
-        found[feed.name] = dict(zip(shards.names, both, strict=True))
+        found[stream.name] = dict(zip(shards.names, both, strict=True))
     return found
 
 

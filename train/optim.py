@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flamingo.train.config import OptimizerConfig
+from flamingo.train.config import AdamWConfig, OptimizerConfig
 
 
 def group_of(name: str, in_tables: bool = False) -> str:
@@ -69,13 +69,13 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+def learning_rate(step: int, steps: int, config: AdamWConfig) -> float:
     """The rate of step 0..steps-1, a pure function: resuming needs no state."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.lr * warm * (config.final_lr + (1 - config.final_lr) * _height(step, steps, config))
 
 
-def _height(step: int, steps: int, config: OptimizerConfig) -> float:
+def _height(step: int, steps: int, config: AdamWConfig) -> float:
     """1 at first, 0 at the end; a constant rate stays at 1."""
     after = max(1, steps - config.warmup_steps)
     done = min(1.0, max(0, step - config.warmup_steps) / after)

@@ -6,14 +6,12 @@ What is unfrozen on the way begins a new phase: a checkpoint, and a new engine t
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from flamingo.attention import attend_plainly
 from flamingo.data.features import FeatureShards
@@ -22,19 +20,18 @@ from flamingo.data.steps import StepDataset, open_feeds
 from flamingo.features import fingerprint
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
-from flamingo.runtime import short_attention, tune_cpu
-from flamingo.train import checkpoint, engine, group, manifest, trackers
+from flamingo.train import engine, manifest
 from flamingo.train.checkpoint import Checkpoints, Saved
 from flamingo.train.config import Recipe
-from flamingo.train.export import RECIPE, assemble, export_run
+from flamingo.train.export import assemble, export_run
 from flamingo.train.faults import Faults
 from flamingo.train.features import FeatureCache
 from flamingo.train.flops import measured_peak
-from flamingo.train.lock import RunLock
 from flamingo.train.loop import Company, Trainer
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
+from flamingo.train.opening import begin, newest, opened, together
 from flamingo.train.optim import trained
 from flamingo.train.parts import adapters_to_training, boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
@@ -45,42 +42,6 @@ from flamingo.train.watchdog import Watchdog
 Evaluate = Callable[
     [FlamingoForConditionalGeneration, FlamingoProcessor, Path, int, int, int], dict[str, float]
 ]
-LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
-
-
-class SharedError(ValueError):
-    """All ranks fail with the same words, so one of them says it."""
-
-
-def begin(recipe: Recipe) -> None:
-    """Make the run's folder, once all that can be wrong with a recipe has been seen."""
-    held = recipe.run / RECIPE
-    if not held.exists():
-        recipe.run.mkdir(parents=True, exist_ok=True)
-        held.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-
-
-def check_folder(recipe: Recipe, resume: bool) -> None:
-    """The run's folder must be new, or, to go on, of a run with the same settings.
-
-    Raises ValueError when it holds another run, or a run that nobody asked to resume.
-    """
-    held = recipe.run / RECIPE
-    if not held.exists():
-        if (recipe.run / "checkpoints").exists() or (recipe.run / "metrics.jsonl").exists():
-            raise ValueError(f"{recipe.run} holds files of a run but no {RECIPE}; choose run=FOLDER")
-        return
-    if not resume:
-        raise ValueError(
-            f"{recipe.run} holds a run already: --resume goes on with it, run=FOLDER starts another"
-        )
-    before = Recipe.model_validate(yaml.safe_load(held.read_text())).identity()
-    changed = checkpoint.differences(before, recipe.identity())
-    if changed:
-        raise ValueError(
-            f"{recipe.run} holds a run with other settings ({'; '.join(changed)}): "
-            "set them back, or choose another folder with run=FOLDER"
-        )
 
 
 def train(
@@ -97,22 +58,8 @@ def train(
     run is asked to stop, with a checkpoint.
     """
     began = time.monotonic()
-    rank, world = engine.join_group(recipe.watchdog_seconds)
-    lock = RunLock(recipe.run)
-    try:
-        # After a restart, a rank that was killed may still be ending.
-        wait = LOCK_SECONDS if group.restarted(os.environ) else 0.0
-        _together(rank, lambda: lock.acquire(wait))
-        _together(rank, lambda: check_folder(recipe, resume))
-        _together(rank, lambda: trackers.check(recipe.trackers))
-        tune_cpu(processes=1 if torch.cuda.is_available() else world)
-        with short_attention(), stopping or Stopping() as heard:
-            heard.limit(recipe.wall_minutes, recipe.run if rank == 0 else None)
-            _train(recipe, rank, world, began, accept_changed_shards, heard, evaluate)
-    finally:
-        if rank == 0:
-            lock.release()
-        engine.leave_group()
+    with opened(recipe, resume, stopping) as (rank, world, heard):
+        _train(recipe, rank, world, began, accept_changed_shards, heard, evaluate)
 
 
 def _train(
@@ -140,10 +87,13 @@ def _train(
     dataset = open_data(recipe, model, processor, cache, rank, world)
     weights = {source.name: source.weight for source in recipe.sources}
     objective = Objective(model, weights, cache, getattr(torch, recipe.autocast), recipe.z_loss)
-    saved = _newest(recipe, rank)
+    saved = newest(recipe, rank)
     start = saved.step if saved else 0
-    _together(rank, lambda: begin(recipe))
-    _together(rank, lambda: manifest.check(recipe.run, manifest.manifest(dataset.feeds), accept))
+    together(rank, lambda: begin(recipe))
+    together(
+        rank,
+        lambda: manifest.check(recipe.run, manifest.manifest(feed.stream for feed in dataset.feeds), accept),
+    )
     if rank == 0:
         forget(recipe.run)
     metrics = Metrics(
@@ -201,7 +151,7 @@ def _phases(
             Trainer(recipe, wrapped, dataset, company, packs).run(start, stop)
         finally:
             wrapped.close()
-        start, saved = stop, _newest(recipe, dataset.rank)
+        start, saved = stop, newest(recipe, dataset.rank)
 
 
 def _phase(recipe: Recipe, objective: Objective, world: int, saved: Saved | None) -> engine.Engine:
@@ -220,19 +170,6 @@ def _phase(recipe: Recipe, objective: Objective, world: int, saved: Saved | None
     if recipe.compile:
         compile_parts(objective.model)
     return wrapped
-
-
-def _newest(recipe: Recipe, rank: int) -> Saved | None:
-    """The newest undamaged checkpoint, which rank 0 looks for."""
-    found: list[str | None] = [None]
-
-    def look() -> None:
-        path = checkpoint.newest(recipe.run / "checkpoints", recipe.identity())
-        found[0] = str(path) if path else None
-
-    _together(rank, look)
-    torch.distributed.broadcast_object_list(found, src=0)
-    return Saved(Path(found[0])) if found[0] else None
 
 
 def open_data(
@@ -290,16 +227,3 @@ def _summary(recipe: Recipe, counts: dict[bool, int], world: int, start: int, se
         "frozen_parameters": counts[False],
     }
     (recipe.run / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _together(rank: int, check) -> None:
-    """Rank 0 checks; when it fails, all ranks fail with the same words."""
-    words: list[str | None] = [None]
-    if rank == 0:
-        try:
-            check()
-        except (ValueError, OSError) as error:
-            words = [str(error)]
-    torch.distributed.broadcast_object_list(words, src=0)
-    if words[0] is not None:
-        raise SharedError(words[0])

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 StepBatches = dict[str, list[Batch]]  # source name -> micro-batches of this rank
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class StepDataset(Dataset[StepBatches]):
         )
 
 
-def step_loader(dataset: StepDataset, start: int, stop: int, workers: int = 0) -> Iterator[StepBatches]:
+def step_loader(dataset: Dataset[V], start: int, stop: int, workers: int = 0) -> Iterator[V]:
     """The steps start, start + 1, ... stop - 1, in order, read ahead by `workers` processes."""
     loader = DataLoader(
         dataset,

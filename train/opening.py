@@ -1,0 +1,115 @@
+"""The frame of a training run, whatever it trains: its ranks, its folder, its newest checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from flamingo.runtime import short_attention, tune_cpu
+from flamingo.train import checkpoint, engine, group, trackers
+from flamingo.train.checkpoint import Saved
+from flamingo.train.config import RECIPE, RunConfig
+from flamingo.train.lock import RunLock
+from flamingo.train.stopping import Stopping
+
+LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
+
+
+class SharedError(ValueError):
+    """All ranks fail with the same words, so one of them says it."""
+
+
+@contextmanager
+def opened(
+    recipe: RunConfig, resume: bool, stopping: Stopping | None = None
+) -> Iterator[tuple[int, int, Stopping]]:
+    """Within this `with`, the ranks are met and the run's folder is theirs: (rank, world size, who
+    listens to signals).
+
+    Raises SharedError for a folder that is in use, or holds another run.
+    """
+    rank, world = engine.join_group(recipe.watchdog_seconds)
+    lock = RunLock(recipe.run)
+    try:
+        # After a restart, a rank that was killed may still be ending.
+        wait = LOCK_SECONDS if group.restarted(os.environ) else 0.0
+        together(rank, lambda: lock.acquire(wait))
+        together(rank, lambda: check_folder(recipe, resume))
+        together(rank, lambda: trackers.check(recipe.trackers))
+        tune_cpu(processes=1 if torch.cuda.is_available() else world)
+        with short_attention(), stopping or Stopping() as heard:
+            heard.limit(recipe.wall_minutes, recipe.run if rank == 0 else None)
+            yield rank, world, heard
+    finally:
+        if rank == 0:
+            lock.release()
+        engine.leave_group()
+
+
+def together(rank: int, check: Callable[[], Any]) -> None:
+    """Rank 0 checks; when it fails, all ranks fail with the same words."""
+    words: list[str | None] = [None]
+    if rank == 0:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            words = [str(error)]
+    torch.distributed.broadcast_object_list(words, src=0)
+    if words[0] is not None:
+        raise SharedError(words[0])
+
+
+def begin(recipe: RunConfig) -> None:
+    """Make the run's folder, once all that can be wrong with a recipe has been seen."""
+    held = recipe.run / RECIPE
+    if not held.exists():
+        recipe.run.mkdir(parents=True, exist_ok=True)
+        held.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def check_folder(recipe: RunConfig, resume: bool) -> None:
+    """The run's folder must be new, or, to go on, of a run with the same settings.
+
+    Raises ValueError when it holds another run, or a run that nobody asked to resume.
+    """
+    held = recipe.run / RECIPE
+    if not held.exists():
+        if (recipe.run / "checkpoints").exists() or (recipe.run / "metrics.jsonl").exists():
+            raise ValueError(f"{recipe.run} holds files of a run but no {RECIPE}; choose run=FOLDER")
+        return
+    if not resume:
+        raise ValueError(
+            f"{recipe.run} holds a run already: --resume goes on with it, run=FOLDER starts another"
+        )
+    try:
+        before = type(recipe).model_validate(yaml.safe_load(held.read_text())).identity()
+    except ValidationError:
+        raise ValueError(
+            f"{recipe.run} holds a run of another kind ({held} has other keys): choose run=FOLDER"
+        ) from None
+    changed = checkpoint.differences(before, recipe.identity())
+    if changed:
+        raise ValueError(
+            f"{recipe.run} holds a run with other settings ({'; '.join(changed)}): "
+            "set them back, or choose another folder with run=FOLDER"
+        )
+
+
+def newest(recipe: RunConfig, rank: int) -> Saved | None:
+    """The newest undamaged checkpoint, which rank 0 looks for."""
+    found: list[str | None] = [None]
+
+    def look() -> None:
+        path = checkpoint.newest(recipe.run / "checkpoints", recipe.identity())
+        found[0] = str(path) if path else None
+
+    together(rank, look)
+    torch.distributed.broadcast_object_list(found, src=0)
+    return Saved(Path(found[0])) if found[0] else None
