@@ -52,8 +52,8 @@ class Answer:
     label: str = ""
     place: int | None = None
 
-    def as_json(self) -> str:
-        told = {"id": self.id, "where": self.where, "scores": dict(self.scores)}
+    def as_json(self, activation: str) -> str:
+        told = {"id": self.id, "where": self.where, "scores": dict(self.scores), "activation": activation}
         return json.dumps(
             told | ({"label": self.label} if self.place is not None else {}), ensure_ascii=False
         )

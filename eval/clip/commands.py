@@ -155,7 +155,7 @@ def classify(
         places = []
         for answer in work.answers(top):
             scores = "  ".join(f"{name} {share:.3f}" for name, share in answer.scores)
-            typer.echo(answer.as_json() if as_json else f"{answer.id}  {scores}")
+            typer.echo(answer.as_json(activation) if as_json else f"{answer.id}  {scores}")
             places.append(answer.place)
         if not labels:
             return

@@ -116,9 +116,7 @@ def _check_replaceable(
         other = held.encoder != encoder.name
         said += [f"its encoder is {held.encoder}, not {encoder.name}"] if other else changed
     if not said:
-        with here.backend(address, _kept(here, held)) as backend:
-            rows = backend.about(np.arange(held.rows))
-        before = [item["where"] for row in rows for item in json.loads(row)["items"]]
+        before = [item["where"] for row in here.about(address) for item in json.loads(row)["items"]]
         now = {entry.where for entry in found.entries} | found.bad.keys()
         files = {_file(where, part) for where in now}
         gone = [w for w in before if w not in now and _file(w, part) not in files and _is_there(w, part)]

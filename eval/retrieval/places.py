@@ -55,6 +55,10 @@ class Place(ABC):
         """
 
     @abstractmethod
+    def about(self, address: str) -> list[str]:
+        """What is said of each row of a catalogue."""
+
+    @abstractmethod
     def backend(self, address: str, load: Load) -> AbstractContextManager[Backend]:
         """Open for searches."""
 
@@ -103,10 +107,13 @@ class Folder(Place):
         said = manifest.model_dump_json(indent=1) + "\n"
         write_aside(self.kept / MANIFEST, lambda place: place.write_text(said))
 
+    def about(self, address: str) -> list[str]:
+        file = self.kept / ROWS
+        return file.read_text().split("\n") if file.exists() else []
+
     @contextmanager
     def backend(self, address: str, load: Load) -> Iterator[Backend]:
-        file = self.kept / ROWS
-        about = file.read_text().split("\n") if file.exists() else []
+        about = self.about(address)
         yield Faiss(load(about), about)
 
     def changed(self, manifest: Manifest, contents: Contents) -> list[str]:
@@ -146,6 +153,11 @@ class Milvus(Place):
     ) -> None:
         with milvus.connected(self.where) as client:
             milvus.write(client, _parsed(address), manifest, vectors, about)
+
+    def about(self, address: str) -> list[str]:
+        with milvus.connected(self.where) as client:
+            found = milvus.Collection(client, _parsed(address))
+            return found.about(np.arange(found.rows))
 
     @contextmanager
     def backend(self, address: str, load: Load) -> Iterator[Backend]:

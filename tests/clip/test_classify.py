@@ -61,7 +61,7 @@ def test_a_siglip_has_a_probability_of_its_own_for_each_class(photos, siglip):
             picture = prepare(Image.open(answer["where"]).convert("RGB"))[None]
             logits, _ = model.get_logits(picture, tokenizer([f"a {name}" for name in PETS.split(",")]))
         expected = dict(zip(PETS.split(","), logits.sigmoid()[0].tolist(), strict=True))
-        assert answer["scores"] == pytest.approx(expected, abs=2e-5)
+        assert answer["scores"] == pytest.approx(expected, abs=2e-5) and answer["activation"] == "sigmoid"
         assert sum(answer["scores"].values()) != pytest.approx(1, abs=0.05)
     said = passes(run("classify", photos, *common))
     assert said.startswith("sigmoid: each class has a probability of its own")

@@ -388,6 +388,8 @@ def test_an_index_that_lost_its_vectors_says_so(photos, encoder, tmp_path):
     for file in (tmp_path / "index").glob("*.safetensors"):
         file.unlink()
     fails(run("search", tmp_path / "index", "x"), "lacks 12 of 12 vectors")
+    passes(run("embed", photos, "--encoder", encoder, "--out", tmp_path / "index"))
+    assert hits(run("search", tmp_path / "index", "x", "--json"))
 
 
 def test_captions_longer_than_a_database_takes_are_cut(encoder, tmp_path):
