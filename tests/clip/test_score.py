@@ -16,6 +16,7 @@ from flamingo.eval import metrics
 from flamingo.eval.benchmarks import Example, Prediction
 from flamingo.eval.metrics import _clip
 from tests.clip.conftest import CAPTIONS, fails, passes, run
+from tests.eval import made_evaluations
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,21 @@ def test_pictures_and_encoders_that_cannot_be_used_are_refused(sides, monkeypatc
     monkeypatch.setenv(_clip.NAMED_BY, f"model:{write_model(tmp_path / 'model')}")
     with pytest.raises(ValueError, match="CLIPScore compares pictures with texts"):
         metrics.load("clip_score").value(predictions, examples)
+
+
+def test_an_evaluation_reports_them_and_the_command_says_the_same(encoder, tmp_path, monkeypatch):
+    made_evaluations.benchmark(tmp_path / "data", monkeypatch, 12, METRICS=("clip_score", "ref_clip_score"))
+    out = made_evaluations.write(
+        tmp_path / "results", made_evaluations.Answerer(0.9), pool=8, control_limit=0
+    )
+    told = json.loads((out / "eval.json").read_text())
+    assert [metric["title"] for metric in told["metrics"]] == ["CLIPScore", "RefCLIPScore"]
+    lines = [json.loads(line) for line in passes(run("score", out, "--json")).splitlines()]
+    assert [line["setting"] for line in lines] == [setting["name"] for setting in told["settings"]]
+    for line, setting in zip(lines, told["settings"], strict=True):
+        for name, figures in setting["metrics"].items():
+            assert line[name]["value"] == pytest.approx(figures["value"], abs=1e-9)
+            assert line[name]["interval"] == pytest.approx(figures["interval"], abs=1e-9)
 
 
 # ---- the command -----------------------------------------------------------------------------------
