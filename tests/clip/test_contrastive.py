@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+import yaml
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch.nn import functional
 
@@ -35,6 +36,7 @@ from tests.clip.contrastive import (
     run_through,
     write_pairs,
 )
+from tests.end_to_end.conftest import run_cli
 from tests.train.ranks import in_ranks
 
 
@@ -184,6 +186,20 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(folder):
     assert json.loads((folder / "run" / "stopped.json").read_text())["step"] == 1
     told, _ = in_ranks(1, folder / "again", run_through, fields(folder), True)[0]
     assert [record["step"] for record in told] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_command_ends_with_status_75_where_its_time_is_up_and_goes_on(folder):
+    """Two ranks under the launcher; the second time they are given time."""
+    given = folder / "tiny.yaml"
+    given.write_text(yaml.safe_dump(fields(folder)))
+    stopped = run_cli("clip", "train", given, "wall_minutes=0.001", "--processes", "2")
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    assert "stopped after step 1, with a checkpoint: wall_minutes" in stopped.stderr
+    done = run_cli("clip", "train", given, "--resume", "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record["step"] for record in records(folder / "run")] == [1, 2, 3, 4, 5, 6]
+    wrong = run_cli("clip", "train", given, "stepz=3")
+    assert wrong.returncode == 1 and "unknown key stepz; did you mean 'steps'?" in wrong.stderr
 
 
 def test_a_locked_image_tower_keeps_its_weights_and_the_texts_learn(folder):
