@@ -21,6 +21,7 @@ from flamingo.attention_blocks import Blocks, blocks_of
 
 NAME = "plain"
 READ = 64  # queries of a part, in `read`
+LEARNED = 128  # queries of a part with gradients
 _CAUSAL: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -35,7 +36,7 @@ def plain_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """float[B, H, T, D] queries, float[B, K, C, D] keys and values -> float[B, T, H, D], weights
-    (of packed rows those within the blocks that are computed; None where rows are only read).
+    (of packed rows those within the blocks that are computed; None where it is done in parts).
 
     attention_mask: float[B or 1, 1, T, C], added to the scores.
     """
@@ -128,36 +129,75 @@ def read(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """float[B, H, T, C] in the dtype of the queries; the softmax in float32."""
-    scores = query @ key.transpose(-1, -2) * scaling
+    """float[B, H, T, C] in the dtype of the queries; a softmax reckons in float32 whatever it is given."""
+    scores = query * scaling @ key.transpose(-1, -2)
     if mask is not None:
-        scores = scores + mask
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        scores = scores.add_(mask) if mask.dtype == scores.dtype else scores + mask
+    return scores.softmax(dim=-1).to(query.dtype)
+
+
+def _parts(queries: int, keys: int, mask: Tensor | None) -> list[tuple[slice, slice]]:
+    """Queries, some at a time, with the keys up to the last of them; all at once where the mask lets them
+    see further, and in a graph, which would be another for every length."""
+    whole = [(slice(0, queries), slice(0, keys))]
+    if mask is None or queries <= LEARNED or torch.compiler.is_compiling() or not is_causal(mask):
+        return whole
+    starts = range(0, queries, LEARNED)
+    parts = [slice(start, min(start + LEARNED, queries)) for start in starts]
+    return [(part, slice(0, keys - queries + part.stop)) for part in parts]
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps the weights for the backward pass once, in the LM's dtype.
+    """Keeps the weights for the backward pass once, in the LM's dtype, those that causality leaves.
 
     Autograd would keep them in float32 as well, three times the memory: in a packed row, that is
-    most of what a frozen layer holds.
+    most of what a frozen layer holds. In parts, the scores stay in the processor's cache: most of the
+    time of rows of some hundred tokens is not in their products, but in what is done to each score.
     """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float):
-        weights = _weights(query, key, mask, scaling)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.scaling = scaling
-        ctx.mark_non_differentiable(weights)
-        return weights @ value, weights
+        parts = _parts(query.shape[2], key.shape[2], mask)
+        weights, out = [], []
+        for some, seen in parts:
+            of_part = None if mask is None else mask[:, :, some, seen]
+            weights.append(_weights(query[:, :, some], key[:, :, seen], of_part, scaling))
+            out.append(weights[-1] @ value[:, :, seen])
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.scaling, ctx.parts = scaling, parts
+        if len(parts) > 1:
+            return torch.cat(out, dim=2), None
+        ctx.mark_non_differentiable(*weights)
+        return out[0], weights[0]
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         grad, _ = grads
-        query, key, value, weights = ctx.saved_tensors
-        inner = (grad @ value.transpose(-1, -2)).float()
-        inner -= (inner * weights).sum(dim=-1, keepdim=True)
-        scores = inner.mul_(weights).mul_(ctx.scaling).to(query.dtype)
-        return scores @ key, scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad, None, None
+        query, key, value, *weights = ctx.saved_tensors
+        if len(weights) == 1:
+            return *_gradients(grad, query, key, value, weights[0], ctx.scaling), None, None
+        # Of keys and values each part has a share: the shares are added in float32.
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in (key, value)]
+        found = []
+        for (some, seen), part in zip(ctx.parts, weights, strict=True):
+            of_query, of_key, of_value = _gradients(
+                grad[:, :, some], query[:, :, some], key[:, :, seen], value[:, :, seen], part, ctx.scaling
+            )
+            found.append(of_query)
+            sums[0][:, :, seen] += of_key
+            sums[1][:, :, seen] += of_value
+        of_key, of_value = (x.to(like.dtype) for x, like in zip(sums, (key, value), strict=True))
+        return torch.cat(found, dim=2), of_key, of_value, None, None
+
+
+def _gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of queries, keys and values, by float[B, H, T, D] of what was looked up."""
+    inner = grad @ value.transpose(-1, -2)
+    scores = torch.ops.aten._softmax_backward_data(inner, weights, -1, weights.dtype)
+    turned = scores.transpose(-1, -2)
+    return scores @ key * scaling, turned @ (query * scaling), weights.transpose(-1, -2) @ grad
 
 
 def attend_plainly(language_model: Any) -> None:
