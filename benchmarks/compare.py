@@ -3,7 +3,8 @@
     python -m benchmarks.compare [--steps N] [--questions N] [--only NAME ...] [--out runs/compare]
 
 Each way is the quickstart's recipe with another connector and fusion: the same samples in the same
-order, the same steps and rates, the same frozen parts. `--set NAME:key=value` changes one of them.
+order, the same steps, the same frozen parts; a prefix learns at ten times the rate. `--set
+NAME:key=value` changes one of them. Speeds are measured afterwards, all in turn.
 Every part that is done is not done again: stopped at any moment, the same command goes on.
 Writes compare-fusions.html, .json and .md into the folder, which holds a run folder for each way.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import compare_report, compare_times
+from benchmarks import compare_rates, compare_report, compare_times
 from flamingo.eval.session import fingerprint
 from flamingo.quickstart import RECIPE
 from flamingo.runtime import quiet_libraries
@@ -30,13 +31,17 @@ from flamingo.train.config import Recipe, read_recipe
 
 # What the quickstart asks: 0 shots on all test questions, 4 shots and the controls on a sample.
 ASKED = ["--benchmark", "easy_vqa", "--shots", "0", "--shots", "4", "--zero-shot", "none", "--beams", "1"]
-SAMPLE = 1000
-# Name -> fields of the architecture that are not the quickstart's.
-WAYS: dict[str, dict[str, Any]] = {
-    "cross-attention + perceiver": {},
-    "prefix + linear": {"connector": "linear", "fusion": "prefix"},
-    "prefix + mlp": {"connector": "mlp", "fusion": "prefix"},
-    "prefix + pool": {"connector": "pool", "connector_grid": [4, 4], "fusion": "prefix"},
+SAMPLE = 500
+# A prefix has no blocks that could turn the frozen model's words into the data's: its vectors must do
+# that too, and at the quickstart's rate they are slow (docs/decisions.md).
+PREFIX = ["model.architecture.fusion=prefix", "optimizer.lr=3.0e-3"]
+POOL = ["model.architecture.connector=pool", "model.architecture.connector_grid=[4, 4]"]
+# Name -> what is not the quickstart's.
+WAYS: dict[str, list[str]] = {
+    "cross-attention + perceiver": [],
+    "prefix + linear": ["model.architecture.connector=linear", *PREFIX],
+    "prefix + mlp": ["model.architecture.connector=mlp", *PREFIX],
+    "prefix + pool": [*POOL, *PREFIX],
 }
 SHORT = {name.partition(" + ")[2]: name for name in WAYS}  # as --only and --set have them
 SHARDS = {"captions": "pairs", "questions": "documents", "negations": "negations"}
@@ -56,12 +61,13 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 4, 16], help="of the timed answers")
     parser.add_argument("--answers", type=int, default=8, help="that are timed in a round")
+    parser.add_argument("--timed-steps", type=int, default=8, help="of training, that are timed in a round")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     options = parser.parse_args(given)
-    for name in ("steps", "questions", "answers", "rounds"):
+    for name in ("steps", "questions", "answers", "timed_steps", "rounds"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     options.only = list(dict.fromkeys(options.only))
     options.shots = sorted(set(options.shots))
     if options.shots[0] < 0:
@@ -128,7 +134,7 @@ def ways(options: argparse.Namespace) -> list[Way]:
             f"model.vision=timm:{options.data / 'backbones' / 'efficientnet-lite0'}",
             f"model.language={options.data / 'backbones' / 'smollm2-135m-instruct'}",
             *(f"sources.{s}.shards={options.data / 'easy-vqa' / f}-*.tar" for s, f in SHARDS.items()),
-            *(f"model.architecture.{key}={json.dumps(value)}" for key, value in WAYS[name].items()),
+            *WAYS[name],
             *([f"steps={options.steps}"] if options.steps else []),
             *own[short],
         ]
@@ -182,6 +188,18 @@ def timed(found: list[Way], options: argparse.Namespace) -> dict[str, Any]:
     return times
 
 
+def rates(found: list[Way], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per step of all ways, trained in turn; kept until a setting changes."""
+    overrides = {way.name: way.overrides for way in found}
+    wanted = {"steps": options.timed_steps, "rounds": options.rounds, "overrides": overrides}
+    held = _read(options.out / "rates.json")
+    if held and held["of"] == wanted:
+        return held["rates"]
+    measured = compare_rates.measure(overrides, options.timed_steps, options.rounds, flamingo)
+    _write(options.out / "rates.json", {"of": wanted, "rates": measured})
+    return measured
+
+
 def _read(path: Path) -> Any:
     """None where there is no file, or one that was cut off."""
     try:
@@ -219,9 +237,12 @@ def main(given: list[str] | None = None) -> Path:
             evaluate(way, options.questions)
         say(f"times per answer at {', '.join(map(str, options.shots))} shots")
         times = timed(found, options)
+        say(f"{options.timed_steps} training steps of each in turn, {options.rounds} rounds")
+        speeds = rates(found, options)
         say("report")
         whole = read_recipe(RECIPE).steps
-        page = compare_report.write(options.out, [(way.name, way.run) for way in found], times, whole)
+        runs = [(way.name, way.run) for way in found]
+        page = compare_report.write(options.out, runs, times, speeds, whole)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print((options.out / "compare-fusions.md").read_text())

@@ -27,21 +27,26 @@ ROWS: list[tuple[str, str, str]] = [
     ("numbers kept of an image", "image_values", "count"),
     ("trained parameters", "trained_parameters", "count"),
     ("samples per second in training", "samples_per_second", "rate"),
+    ("seconds of a training step", "step_seconds", "short"),
     ("peak memory of a process in training, GB", "memory_gb", "short"),
-    ("time of the training", "train_seconds", "duration"),
 ]
 
 
 def write(
-    out: Path, runs: Sequence[tuple[str, Path]], times: Mapping[str, Mapping[str, Any]], whole: int
+    out: Path,
+    runs: Sequence[tuple[str, Path]],
+    times: Mapping[str, Mapping[str, Any]],
+    rates: Mapping[str, Mapping[str, Any]],
+    whole: int,
 ) -> Path:
     """Writes compare-fusions.html, .json and .md; the page's path.
 
     runs: (name, folder) of each way, the first of which the others are compared with; times: of
-    `compare_times.measure`; whole: steps of the quickstart. Raises ValueError for a run without figures.
+    `compare_times.measure`, rates: of `compare_rates.measure`; whole: steps of the quickstart. Raises
+    ValueError for a run without figures.
     """
     read = [compare.read_run(folder, name) for name, folder in runs]
-    ways = [figures(run, times[run.name]) for run in read]
+    ways = [figures(run, times[run.name], rates[run.name]) for run in read]
     found = {
         "machine": machine(),
         "ways": ways,
@@ -61,7 +66,7 @@ def machine() -> str:
     return f"{cores()} cores, {platform.machine()}"
 
 
-def figures(run: compare.Run, times: Mapping[str, Any]) -> dict[str, Any]:
+def figures(run: compare.Run, times: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
     """All of one way; None stands for what was not measured."""
     found = compare.figures(run)
     keys = ["steps", "final_loss", "final_loss_blank", "worth", "intervals", "questions", "blind_accuracy"]
@@ -69,6 +74,7 @@ def figures(run: compare.Run, times: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": run.name,
         **{key: found[key] for key in keys},
+        **rates,
         "image_tokens": times["image_tokens"],
         "image_values": times["image_values"],
         "shots": dict(times["shots"]),
@@ -83,8 +89,8 @@ def sentences(ways: Sequence[Mapping[str, Any]], whole: int) -> list[str]:
     said: list[str] = []
     if (steps := ways[0]["steps"]) < whole:
         said.append(
-            f"Trained for {steps:,} of the quickstart's {whole:,} steps: accuracies, and rate "
-            "and memory of the training, are those of an unfinished one."
+            f"Trained for {steps:,} of the quickstart's {whole:,} steps: accuracies and losses "
+            "are those of an unfinished training."
         )
     said += _answers(ways)
     said += [sentence for way in ways if (sentence := _looks(way))]
@@ -178,9 +184,8 @@ def _training(ways: Sequence[Mapping[str, Any]]) -> list[str]:
         if way["trained_parameters"] and first["trained_parameters"]:
             share = way["trained_parameters"] / first["trained_parameters"]
             parts.append(f"trains {findings.percent(share)} as many parameters")
-        if way["samples_per_second"] and first["samples_per_second"]:
-            rate = way["samples_per_second"] / first["samples_per_second"]
-            parts.append(f"learns from {rate:.2f} times as many samples a second")
+        span = _span(way["rate_ratio_range"])
+        parts.append(f"learns from {way['rate_ratio']:.2f} times as many samples a second ({span})")
         if way["memory_gb"] and first["memory_gb"]:
             parts.append(f"needs {way['memory_gb'] / first['memory_gb']:.2f} times the memory")
         if parts:

@@ -28,8 +28,22 @@ def words(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (data / "backbones/efficientnet-lite0").symlink_to(world / "vision")
     (data / "backbones/smollm2-135m-instruct").symlink_to(world / "language")
     (data / "easy-vqa").symlink_to(world / "shards")
-    asked = ["--steps", "2", "--questions", "3", "--answers", "2", "--rounds", "2", "--shots", "0", "2"]
-    own = [*(f"model.architecture.{field}" for field in SMALL), "mlp:optimizer.lr=1e-3"]
+    asked = [
+        "--steps",
+        "2",
+        "--questions",
+        "3",
+        "--answers",
+        "2",
+        "--timed-steps",
+        "2",
+        "--rounds",
+        "2",
+        "--shots",
+        "0",
+        "2",
+    ]
+    own = [*(f"model.architecture.{field}" for field in SMALL), "perceiver:optimizer.lr=1e-3"]
     folders = ["--data", str(data), "--out", str(data / "compare")]
     return [*asked, *folders, "--only", "perceiver", "mlp", "--set", *own]
 
@@ -44,7 +58,7 @@ def page(words: list[str], calls: list[str], cli) -> Any:
     """The report; commands run as in other tests, and are noted."""
 
     def run(*given: str) -> None:
-        calls.append(" ".join(given[:2]) if given[0] == "eval" else given[0])
+        calls.append(" ".join(given[:2]) if given[0] in ("eval", "data") else given[0])
         done = cli(*given)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -56,18 +70,20 @@ def page(words: list[str], calls: list[str], cli) -> Any:
 
 @pytest.mark.slow
 def test_every_way_is_trained_asked_and_timed(page: Path, calls: list[str]):
-    assert calls == ["train", "eval run"] * 2
+    assert calls == ["train", "eval run"] * 2 + ["data easy-vqa"] + ["train"] * 4  # two rounds, in turn
     found = json.loads((page.parent / "compare-fusions.json").read_text())
     one, other = found["ways"]
     assert (one["name"], other["name"]) == (FIRST, SECOND)
     assert (one["image_tokens"], other["image_tokens"]) == (1, 25)  # the encoder's 5 x 5 places
     for way in found["ways"]:
         assert way["steps"] == 2 and way["accuracy"] is not None and way["accuracy_image_blank"] is not None
-        assert way["samples_per_second"] > 0 and way["memory_gb"] > 0 and way["trained_parameters"] > 0
+        assert way["memory_gb"] > 0 and way["trained_parameters"] > 0
+        assert way["samples_per_second"] == pytest.approx(14 / way["step_seconds"], rel=1e-3)
         assert set(way["shots"]) == {"0", "2"}
+    assert one["rate_ratio"] == 1 and other["rate_ratio"] > 0
     assert one["shots"]["2"]["ratio"] == 1 and other["shots"]["2"]["ratio"] > 0
     assert other["shots"]["2"]["tokens"] == one["shots"]["2"]["tokens"] + 3 * 24  # of three pictures
-    assert found["settings"]["optimizer.lr"] == [3e-4, 1e-3]
+    assert found["settings"]["optimizer.lr"] == [1e-3, 3e-3]
     assert found["settings"]["model.architecture.fusion"] == [None, "prefix"]
 
 
@@ -115,14 +131,16 @@ def made(name: str, accuracy: float, **fields: Any) -> dict[str, Any]:
         "name": name, "steps": 600, "blind_accuracy": 0.67,
         "accuracy": accuracy, "accuracy_image_blank": 0.65,
         "intervals": {"accuracy": span(accuracy), "accuracy_image_blank": span(0.65)},
-        "image_tokens": 1, "image_values": 7, "trained_parameters": 200, "samples_per_second": 10.0,
+        "image_tokens": 1, "image_values": 7, "trained_parameters": 200,
+        "rate_ratio": 1.0, "rate_ratio_range": [1.0, 1.0],
         "memory_gb": 2.0, "shots": shots, **fields,
     }  # fmt: skip
 
 
 @pytest.fixture
 def ways() -> list[dict[str, Any]]:
-    other = made("B", 0.97, image_tokens=49, trained_parameters=10, samples_per_second=4.0, memory_gb=3.0)
+    other = made("B", 0.97, image_tokens=49, trained_parameters=10, memory_gb=3.0)
+    other |= {"rate_ratio": 0.4, "rate_ratio_range": [0.3, 0.5]}
     other["shots"] = copy.deepcopy(other["shots"])
     other["shots"]["16"] |= {"seconds": 9.0, "ratio": 4.5, "ratio_range": [4.0, 5.0], "tokens": 1016.0}
     return [made("A", 0.98), other]
@@ -141,7 +159,7 @@ def test_sentences_are_of_the_figures(ways: list[dict[str, Any]]):
     assert "1 token with A, 49 tokens with B" in text
     assert "From 0 to 16 shots an answer takes 2.0 times as long with A, 9.0 times as long with B" in text
     assert "At 16 shots B takes 4.50 times as long as A (4.00 to 5.00 in the rounds)." in text
-    assert "B trains 5.0 % as many parameters, learns from 0.40 times as many samples a second" in text
+    assert "B trains 5.0 % as many parameters, learns from 0.40 times as many samples a second " in text
     assert "1.50 times the memory" in text
     assert "Below" not in text and "unfinished" not in text
 
