@@ -66,6 +66,19 @@ def together(rank: int, check: Callable[[], Any]) -> None:
         raise SharedError(words[0])
 
 
+@contextmanager
+def alike() -> Iterator[None]:
+    """Within this `with` every rank acts for itself; where any fails, all fail with its words."""
+    failed = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failed = error
+    words = [told for told in engine.gather_objects(str(failed) if failed else None) if told is not None]
+    if words:
+        raise SharedError(words[0]) from failed
+
+
 def begin(recipe: RunConfig) -> None:
     """Make the run's folder, once all that can be wrong with a recipe has been seen."""
     held = recipe.run / RECIPE

@@ -17,10 +17,9 @@ from flamingo.data.kinds._members import example_png
 from flamingo.data.writing import write_tar
 from flamingo.train import engine
 from flamingo.train.contrastive.config import ContrastiveRecipe
-from flamingo.train.contrastive.encoder import build
 from flamingo.train.contrastive.loop import Trained
 from flamingo.train.contrastive.loss import Contrastive
-from flamingo.train.contrastive.session import open_pairs, train
+from flamingo.train.contrastive.session import open_encoder, open_pairs, train
 from flamingo.train.stopping import Stopped, Stopping
 
 COLORS = {
@@ -86,9 +85,11 @@ def run_through(given: dict[str, Any], resume: bool = False) -> tuple[list[dict[
     return records(folder), load_file(folder / "model" / "open_clip_model.safetensors")
 
 
-def run_each(given: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+def run_each(
+    given: list[dict[str, Any]], resume: bool = False
+) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     with ranks_stay():
-        return [run_through(one) for one in given]
+        return [run_through(one, resume) for one in given]
 
 
 def ranks_stay() -> Any:
@@ -125,8 +126,7 @@ def gradients(given: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
     found = []
     for one in given:
         made = ContrastiveRecipe.model_validate(one)
-        torch.manual_seed(0)
-        encoder = build(made.model, made.loss)
+        encoder = open_encoder(made)
         rank, world = dist.get_rank(), dist.get_world_size()
         pairs = open_pairs(made, encoder, rank, world)
         trained = Trained(encoder.model, made, torch.device("cpu"), world)

@@ -141,26 +141,33 @@ def test_captions_have_equal_numbers_where_the_tokenizer_reads_them_alike():
 
 
 def test_a_resumed_run_is_the_unbroken_one_also_on_another_number_of_ranks(folder):
-    """Another tower with dropped patches: what is drawn at random in a step counts, too."""
+    """What is drawn at random in a step (dropped patches), and statistics of batches, are part of it."""
     dropping = {**MODEL, "vision_cfg": {**MODEL["vision_cfg"], "patch_dropout": 0.5}}
-    given = [fields(folder, model=dropping), fields(folder, run=str(folder / "plain"))]
+    residual = {**MODEL, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}
+    given = [
+        fields(folder, model=dropping),
+        fields(folder, run=str(folder / "plain")),
+        fields(folder, run=str(folder / "residual"), model=residual),
+    ]
     whole = in_ranks(2, folder / "whole", run_each, given)[0]
-    for one, (told, weights) in zip(given, whole, strict=True):
-        broken = {**one, "run": one["run"] + "-again"}
-        shutil.copytree(one["run"], broken["run"])
-        for late in ("checkpoints/step-000006", "model"):
-            shutil.rmtree(Path(broken["run"]) / late)
-        (again, same), _ = in_ranks(2, folder / "again", run_through, broken, True)
-        assert [record["loss"] for record in again] == [record["loss"] for record in told]
+    halves = [half_done(one, f"{one['run']}-again") for one in given]
+    again = in_ranks(2, folder / "again", run_each, halves, True)[0]
+    for (told, weights), (more, same) in zip(whole, again, strict=True):
+        assert [record["loss"] for record in more] == [record["loss"] for record in told]
         assert all(torch.equal(same[name], value) for name, value in weights.items())
-    shutil.rmtree(folder / "plain-again")
-    shutil.copytree(folder / "plain", folder / "plain-again")
-    shutil.rmtree(folder / "plain-again" / "checkpoints" / "step-000006")
-    ((again, _),) = in_ranks(
-        1, folder / "1", run_through, {**given[1], "run": str(folder / "plain-again")}, True
-    )
-    losses = [record["loss"]["contrastive"] for record in again]
+    assert whole[2][1]["visual.bn1.num_batches_tracked"] == 6
+    alone = half_done(given[1], f"{given[1]['run']}-alone")
+    ((more, _),) = in_ranks(1, folder / "alone", run_through, alone, True)
+    losses = [record["loss"]["contrastive"] for record in more]
     assert losses == pytest.approx([record["loss"]["contrastive"] for record in whole[1][0]], abs=1e-4)
+
+
+def half_done(given: dict[str, Any], run: str) -> dict[str, Any]:
+    """A copy of a finished run as it was after its checkpoint of step 3, and its recipe."""
+    shutil.copytree(given["run"], run)
+    shutil.rmtree(Path(run) / "checkpoints" / "step-000006")
+    shutil.rmtree(Path(run) / "model")
+    return {**given, "run": run}
 
 
 def test_a_run_records_what_it_does_and_its_scale_stays_within_its_limit(folder):

@@ -25,6 +25,7 @@ from flamingo.train.faults import Faults
 from flamingo.train.gauges import derived, memory_gb
 from flamingo.train.metrics import Metrics
 from flamingo.train.moments import Moments
+from flamingo.train.opening import SharedError
 from flamingo.train.optim import learning_rate
 from flamingo.train.precision import LossScale
 from flamingo.train.stopping import Stopped, Stopping, answer
@@ -209,7 +210,7 @@ class Trainer:
         told = {"loss": loss, "norm of the gradient": norm}
         bad = [f"the {what} is {value}" for what, value in told.items() if not math.isfinite(value)]
         if bad:
-            raise ValueError(
+            raise SharedError(
                 f"{bad[0]} at step {step + 1}: lower optimizer.lr={self.recipe.optimizer.lr:g}, lengthen "
                 "optimizer.warmup_steps, or set autocast=float32, in a new folder (run=FOLDER)"
             )

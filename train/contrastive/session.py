@@ -18,7 +18,7 @@ from flamingo.train.contrastive.loop import Company, Trained, Trainer
 from flamingo.train.contrastive.loss import Contrastive
 from flamingo.train.faults import Faults
 from flamingo.train.metrics import Metrics
-from flamingo.train.opening import begin, newest, opened, together
+from flamingo.train.opening import alike, begin, newest, opened, together
 from flamingo.train.stopping import Stopping, forget
 from flamingo.train.watchdog import Watchdog
 
@@ -36,18 +36,16 @@ def train(
     """
     began = time.monotonic()
     with opened(recipe, resume, stopping) as (rank, world, heard):
-        torch.manual_seed(recipe.seed)
-        encoder = build(recipe.model, recipe.loss)
-        lock(encoder, recipe.model)
-        if recipe.activation_checkpointing:
-            encoder.model.set_grad_checkpointing(True)
-        pairs = open_pairs(recipe, encoder, rank, world)
-        held_out = HeldOut(recipe.validation, encoder, rank, world) if recipe.validation else None
+        with alike():
+            encoder = open_encoder(recipe)
+            pairs = open_pairs(recipe, encoder, rank, world)
+            held_out = HeldOut(recipe.validation, encoder, rank, world) if recipe.validation else None
         trained = Trained(encoder.model, recipe, engine.device(), world)
         saved = newest(recipe, rank)
         start = saved.step if saved else 0
         if saved:
-            trained.restore(saved)
+            with alike():
+                trained.restore(saved)
         together(rank, lambda: begin(recipe))
         shards = manifest.manifest([pairs.stream])
         together(rank, lambda: manifest.check(recipe.run, shards, accept_changed_shards))
@@ -66,6 +64,16 @@ def train(
         if rank == 0:
             _finish(recipe, encoder, trainer, world, start, time.monotonic() - began)
         torch.distributed.barrier()
+
+
+def open_encoder(recipe: ContrastiveRecipe) -> DualEncoder:
+    """The model that the recipe begins with, the same on every rank."""
+    torch.manual_seed(recipe.seed)
+    encoder = build(recipe.model, recipe.loss)
+    lock(encoder, recipe.model)
+    if recipe.activation_checkpointing:
+        encoder.model.set_grad_checkpointing(True)
+    return encoder
 
 
 def open_pairs(recipe: ContrastiveRecipe, encoder: DualEncoder, rank: int, world: int) -> Pairs:
