@@ -2,8 +2,9 @@
 
 Both losses take it that picture i belongs to text i and to no other. In data with few captions a
 batch holds the same words again and again: a caption would be pushed away from pictures that it
-describes, and with the sigmoid a picture from its own words. The targets come from a method of open_clip's losses, which is all that is
-replaced here: the softmax's are shared among equal captions, the sigmoid's are 1 for all of them.
+describes, and with the sigmoid a picture from its own words. The targets come from a method of
+open_clip's losses, which is all that is replaced here: the softmax's are shared among equal
+captions, the sigmoid's are 1 for all of them.
 
 b pairs of this rank, B = world x b pairs of all ranks, D width of a vector.
 """
