@@ -116,35 +116,40 @@ def read(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
     query = rearrange(query * scaling, "b (k g) t d -> b k g t d", g=groups)
     key = key.transpose(-1, -2)
     parts = []
-    for start in range(0, queries, READ):
-        part = query[:, :, :, start : start + READ]
-        many, seen = part.shape[3], keys - queries + start + part.shape[3]
-        scores = rearrange(part, "b k g t d -> b k (g t) d") @ key[..., :seen]
+    for some, seen in _parts(queries, keys, READ):
+        scores = rearrange(query[:, :, :, some], "b k g t d -> b k (g t) d") @ key[..., seen]
         scores = rearrange(scores, "b k (g t) c -> b k g t c", g=groups)
-        scores += mask[:, :, None, start : start + many, :seen]
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-        looked = rearrange(weights, "b k g t c -> b k (g t) c") @ value[:, :, :seen]
+        weights = _softmax(scores, mask[:, :, None, some, seen])
+        looked = rearrange(weights, "b k g t c -> b k (g t) c") @ value[:, :, seen]
         parts.append(rearrange(looked, "b k (g t) d -> b t (k g) d", g=groups))
     return torch.cat(parts, dim=1)
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """float[B, H, T, C] in the dtype of the queries; a softmax reckons in float32 whatever it is given."""
-    scores = query * scaling @ key.transpose(-1, -2)
+def _parts(queries: int, keys: int, many: int) -> list[tuple[slice, slice]]:
+    """Causal rows: so many queries at a time, with the keys up to the last of them."""
+    some = [slice(start, min(start + many, queries)) for start in range(0, queries, many)]
+    return [(part, slice(0, keys - queries + part.stop)) for part in some]
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights in the dtype of the scores, which are lost; a softmax of any dtype reckons in float32."""
+    dtype = scores.dtype
     if mask is not None:
-        scores = scores.add_(mask) if mask.dtype == scores.dtype else scores + mask
-    return scores.softmax(dim=-1).to(query.dtype)
+        scores = scores.add_(mask) if mask.dtype == dtype else scores + mask
+    return scores.softmax(dim=-1).to(dtype)
 
 
-def _parts(queries: int, keys: int, mask: Tensor | None) -> list[tuple[slice, slice]]:
-    """Queries, some at a time, with the keys up to the last of them; all at once where the mask lets them
-    see further, and in a graph, which would be another for every length."""
-    whole = [(slice(0, queries), slice(0, keys))]
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """float[B, H, T, C] in the dtype of the queries."""
+    return _softmax(query * scaling @ key.transpose(-1, -2), mask)
+
+
+def _learned_parts(queries: int, keys: int, mask: Tensor | None) -> list[tuple[slice, slice]]:
+    """All at once where the mask lets queries see further than themselves, and in a graph, which would be
+    another for every length."""
     if mask is None or queries <= LEARNED or torch.compiler.is_compiling() or not is_causal(mask):
-        return whole
-    starts = range(0, queries, LEARNED)
-    parts = [slice(start, min(start + LEARNED, queries)) for start in starts]
-    return [(part, slice(0, keys - queries + part.stop)) for part in parts]
+        return [(slice(0, queries), slice(0, keys))]
+    return _parts(queries, keys, LEARNED)
 
 
 class _Attention(torch.autograd.Function):
@@ -157,7 +162,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float):
-        parts = _parts(query.shape[2], key.shape[2], mask)
+        parts = _learned_parts(query.shape[2], key.shape[2], mask)
         weights, out = [], []
         for some, seen in parts:
             of_part = None if mask is None else mask[:, :, some, seen]
