@@ -25,7 +25,7 @@ import yaml
 
 from benchmarks import compare_rates, compare_report, compare_times
 from flamingo.eval.session import fingerprint
-from flamingo.quickstart import RECIPE
+from flamingo.quickstart import RECIPE, backbones, shards
 from flamingo.runtime import quiet_libraries
 from flamingo.train.config import Recipe, read_recipe
 
@@ -44,7 +44,6 @@ WAYS: dict[str, list[str]] = {
     "prefix + pool": [*POOL, *PREFIX],
 }
 SHORT = {name.partition(" + ")[2]: name for name in WAYS}  # as --only and --set have them
-SHARDS = {"captions": "pairs", "questions": "documents", "negations": "negations"}
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -131,9 +130,8 @@ def ways(options: argparse.Namespace) -> list[Way]:
         run = options.out / name.replace(" + ", "-")
         overrides = [
             f"run={run}",
-            f"model.vision=timm:{options.data / 'backbones' / 'efficientnet-lite0'}",
-            f"model.language={options.data / 'backbones' / 'smollm2-135m-instruct'}",
-            *(f"sources.{s}.shards={options.data / 'easy-vqa' / f}-*.tar" for s, f in SHARDS.items()),
+            *backbones(options.data),
+            *shards(options.data / "easy-vqa"),
             *WAYS[name],
             *([f"steps={options.steps}"] if options.steps else []),
             *own[short],

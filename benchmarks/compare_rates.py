@@ -15,20 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step_rate import seconds
-from flamingo.quickstart import RECIPE
+from flamingo.quickstart import RECIPE, shards
 from flamingo.train.config import Recipe, read_recipe
 
 SAMPLES_PER_SHARD = 10  # documents and pictures of the one shard of a source
 WARMUP = 6  # steps until all grids are held, and memory is no longer fresh
 
 Command = Callable[..., None]  # words of `flamingo ...`
-
-
-def small_shards(folder: Path, command: Command) -> list[str]:
-    """Writes shards; overrides that read the first one of each source."""
-    command("data", "easy-vqa", str(folder), "--samples-per-shard", str(SAMPLES_PER_SHARD))
-    names = {"captions": "pairs", "questions": "documents", "negations": "negations"}
-    return [f"sources.{source}.shards={folder / f'{name}-000000.tar'}" for source, name in names.items()]
 
 
 def measure(
@@ -41,9 +34,10 @@ def measure(
     round gives. Raises what `command` raises.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        shards = small_shards(Path(scratch) / "easy-vqa", command)
-        run = Path(scratch) / "run"
-        least = ["blank_every=0", "checkpoint_every=0", f"steps={WARMUP + steps}", f"run={run}", *shards]
+        folder, run = Path(scratch) / "easy-vqa", Path(scratch) / "run"
+        command("data", "easy-vqa", str(folder), "--samples-per-shard", str(SAMPLES_PER_SHARD))
+        least = ["blank_every=0", "checkpoint_every=0", f"steps={WARMUP + steps}", f"run={run}"]
+        least += shards(folder, "000000")
         took: dict[str, list[list[float]]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, overrides in ways.items():

@@ -27,7 +27,7 @@ import torch
 from flamingo.data.batch import Batch
 from flamingo.data.steps import StepDataset, open_feeds
 from flamingo.factory import create
-from flamingo.quickstart import RECIPE
+from flamingo.quickstart import RECIPE, backbones, shards
 from flamingo.runtime import cores, quiet_libraries, tune_cpu
 from flamingo.train.config import Recipe, read_recipe
 from flamingo.train.flops import measured_peak, step_flops
@@ -60,13 +60,10 @@ def flamingo(*words: str, **environment: str) -> None:
         raise RuntimeError(f"flamingo {words[0]} failed: {(done.stderr or done.stdout)[-2000:]}")
 
 
-def overrides(options: argparse.Namespace, shards: Path) -> list[str]:
-    names = {"captions": "pairs", "questions": "documents", "negations": "negations"}
-    backbones = options.data / "backbones"
+def overrides(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
-        f"model.vision=timm:{backbones / 'efficientnet-lite0'}",
-        f"model.language={backbones / 'smollm2-135m-instruct'}",
-        *(f"sources.{source}.shards={shards / f'{name}-000000.tar'}" for source, name in names.items()),
+        *backbones(options.data),
+        *shards(folder, "000000"),
         f"steps={options.steps}",
         "blank_every=0",
         "checkpoint_every=0",
@@ -123,9 +120,9 @@ def peak() -> float:
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> None:
-    shards = scratch / "easy-vqa"
-    flamingo("data", "easy-vqa", str(shards), "--samples-per-shard", str(SAMPLES_PER_SHARD))
-    changed = overrides(options, shards)
+    folder = scratch / "easy-vqa"
+    flamingo("data", "easy-vqa", str(folder), "--samples-per-shard", str(SAMPLES_PER_SHARD))
+    changed = overrides(options, folder)
     peaks, times = [peak()], {ranks: [] for ranks in options.ranks}
     for number in range(options.rounds):
         for ranks in options.ranks:

@@ -17,6 +17,21 @@ ASKED = [
     *("--shots-limit", "1000", "--control-limit", "1000"),
 ]
 RECIPE = Path(__file__).parent / "train" / "recipes" / "quickstart.yaml"
+FAMILIES = {"captions": "pairs", "questions": "documents", "negations": "negations"}  # source -> its shards
+
+
+def backbones(data: Path) -> list[str]:
+    """Overrides of the recipe: the two that lie in DATA/backbones."""
+    folder = data / "backbones"
+    return [
+        f"model.vision=timm:{folder / 'efficientnet-lite0'}",
+        f"model.language={folder / 'smollm2-135m-instruct'}",
+    ]
+
+
+def shards(folder: Path, number: str = "*") -> list[str]:
+    """Overrides of the recipe: those shards of each source that have this number."""
+    return [f"sources.{name}.shards={folder / f'{family}-{number}.tar'}" for name, family in FAMILIES.items()]
 
 
 def main(run: Path, data: Path, steps: int | None, say: Callable[[str], None]) -> None:
@@ -31,13 +46,7 @@ def main(run: Path, data: Path, steps: int | None, say: Callable[[str], None]) -
     )
     began = time.monotonic()
     overrides = [f"run={run}", *([f"steps={steps}"] if steps else [])]
-    overrides += [
-        f"model.vision=timm:{data / 'backbones' / 'efficientnet-lite0'}",
-        f"model.language={data / 'backbones' / 'smollm2-135m-instruct'}",
-        f"sources.captions.shards={data / 'easy-vqa' / 'pairs-*.tar'}",
-        f"sources.questions.shards={data / 'easy-vqa' / 'documents-*.tar'}",
-        f"sources.negations.shards={data / 'easy-vqa' / 'negations-*.tar'}",
-    ]
+    overrides += [*backbones(data), *shards(data / "easy-vqa")]
     parts = [
         ("frozen backbones", ["backbones", str(data / "backbones")]),
         ("shards", ["data", "easy-vqa", str(data / "easy-vqa")]),
