@@ -16,6 +16,7 @@ from flamingo.eval.commands import app as eval_app
 from flamingo.serving import commands as serving
 from flamingo.serving.demo.command import demo
 from flamingo.train.contrastive.commands import train as train_encoder
+from flamingo.train.options import AcceptChangedShards, Processes, Resume
 
 app = typer.Typer(
     help="Flamingo: a frozen language model that sees. Make data, train, evaluate, ask.",
@@ -30,14 +31,6 @@ clip_app.command("train")(train_encoder)
 app.command()(serving.generate)
 app.command()(serving.chat)
 app.command()(demo)
-
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Processes side by side. Default: one per GPU; on a CPU, two.", show_default=False
-    ),
-]
 
 
 @app.command()
@@ -93,9 +86,7 @@ def train(
     ] = None,
     resume: Resume = False,
     processes: Processes = None,
-    accept_changed_shards: Annotated[
-        bool, typer.Option(help="Resume although shards were added, altered or removed.")
-    ] = False,
+    accept_changed_shards: AcceptChangedShards = False,
 ) -> None:
     """Train as a recipe says, on all GPUs or on two CPU processes, with DeepSpeed's launcher."""
     from flamingo.train.launch import launch

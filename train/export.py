@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from flamingo.train import checkpoint
 from flamingo.train.checkpoint import WEIGHT, Saved
 from flamingo.train.config import RECIPE, Recipe
 from flamingo.train.parts import add_adapters, architecture, merge_adapters, unfreeze
+from flamingo.train.written import compare, replacing
 
 
 def assemble(
@@ -69,23 +69,9 @@ def export_run(run: Path, out: Path) -> int:
 
 
 def _replace(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, out: Path) -> None:
-    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
-    _compare(model, part)
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _compare(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    """Raises OSError where a tensor is not what was written."""
-    again = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=next(model.parameters()).dtype)
-    read = again.state_dict()
-    for name, value in model.state_dict().items():
-        if name not in read or not torch.equal(read[name], value):
-            raise OSError(f"{folder}: {name} reads otherwise than it was written; is the disk sound?")
+    with replacing(out) as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        dtype = next(model.parameters()).dtype
+        again = FlamingoForConditionalGeneration.from_pretrained(part, dtype=dtype)
+        compare(part, model.state_dict(), again.state_dict())

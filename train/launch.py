@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 from flamingo.runtime import cores, default_processes
-from flamingo.train.config import read_recipe
+from flamingo.train.config import RunConfig, read_recipe
 
 ASK_SECONDS = 2.0
 
@@ -27,14 +28,23 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 def launch(
-    recipe: str, overrides: list[str], resume: bool, ranks: int | None, accept_changed_shards: bool = False
+    recipe: str,
+    overrides: list[str],
+    resume: bool,
+    ranks: int | None,
+    accept_changed_shards: bool = False,
+    module: str = "flamingo.train",
+    read: Callable[[str, list[str]], RunConfig] = read_recipe,
 ) -> int:
-    """Check the recipe here, where its errors are short, then run it. Returns the exit status."""
-    read_recipe(recipe, overrides)
+    """Check the recipe here, where its errors are short, then run it. Returns the exit status.
+
+    module: that trains, as one rank; read: its recipes.
+    """
+    read(recipe, overrides)
     words = [recipe, *overrides]
     words += ["--resume"] if resume else []
     words += ["--accept-changed-shards"] if accept_changed_shards else []
-    return start("flamingo.train", words, ranks)
+    return start(module, words, ranks)
 
 
 def start(module: str, words: list[str], ranks: int | None) -> int:

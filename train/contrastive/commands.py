@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flamingo.data.tools.commands import plain_errors
+from flamingo.train.options import AcceptChangedShards, Processes, Resume
 
 
 def train(
@@ -14,16 +15,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, e.g. steps=100 data.shards='pairs-*.tar'.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Processes side by side. Default: one per GPU; on a CPU, two.", show_default=False
-        ),
-    ] = None,
-    accept_changed_shards: Annotated[
-        bool, typer.Option(help="Resume although shards were added, altered or removed.")
-    ] = False,
+    resume: Resume = False,
+    processes: Processes = None,
+    accept_changed_shards: AcceptChangedShards = False,
 ) -> None:
     """Train a dual encoder of open_clip on shards of pictures with captions.
 
@@ -32,10 +26,10 @@ def train(
     takes the place of any encoder here as open_clip:RUN/model.
     """
     from flamingo.train.contrastive.config import read_recipe
-    from flamingo.train.launch import start
+    from flamingo.train.launch import launch
 
     with plain_errors():
-        read_recipe(recipe, overrides)  # here, where its errors are short
-        words = [recipe, *(overrides or []), *(["--resume"] if resume else [])]
-        words += ["--accept-changed-shards"] if accept_changed_shards else []
-        raise typer.Exit(start("flamingo.train.contrastive", words, processes))
+        module = "flamingo.train.contrastive"
+        given = overrides or []
+        status = launch(recipe, given, resume, processes, accept_changed_shards, module, read_recipe)
+        raise typer.Exit(status)

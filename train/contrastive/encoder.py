@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from flamingo.data.transforms import ImageTransform
 from flamingo.train.contrastive.config import OWN, EncoderConfig
+from flamingo.train.written import compare, replacing
 from flamingo.vision import open_clip as vision
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -143,26 +143,13 @@ def export(encoder: DualEncoder, out: Path) -> None:
     The folder is complete or absent; one that is there is replaced. What was written is loaded
     again by open_clip and compared. Raises OSError where it reads otherwise.
     """
-    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     # Copies: tensors that share memory are refused.
     state = {name: value.cpu().contiguous().clone() for name, value in encoder.model.state_dict().items()}
-    save_file(state, part / WEIGHTS, metadata={"format": "pt"})
-    if hasattr(encoder.tokenizer, "save_pretrained"):  # open_clip's own comes with open_clip
-        encoder.tokenizer.save_pretrained(part)
-    told = {"model_cfg": encoder.config, "preprocess_cfg": encoder.preparation}
-    (part / vision.CONFIG).write_text(json.dumps(told, indent=2) + "\n")
-    _compare(state, part)
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _compare(state: dict[str, torch.Tensor], folder: Path) -> None:
-    again = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).state_dict()
-    for name, value in state.items():
-        if name not in again or not torch.equal(again[name], value):
-            raise OSError(f"{folder}: {name} reads otherwise than it was written; is the disk sound?")
+    with replacing(out) as part:
+        save_file(state, part / WEIGHTS, metadata={"format": "pt"})
+        if hasattr(encoder.tokenizer, "save_pretrained"):  # open_clip's own comes with open_clip
+            encoder.tokenizer.save_pretrained(part)
+        told = {"model_cfg": encoder.config, "preprocess_cfg": encoder.preparation}
+        (part / vision.CONFIG).write_text(json.dumps(told, indent=2) + "\n")
+        again = open_clip.create_model(f"local-dir:{part}", require_pretrained=True)
+        compare(part, state, again.state_dict())
