@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -229,6 +231,28 @@ def test_faiss_and_milvus_lite_find_the_same_whatever_is_tied(tmp_path):
         backend.most = 50  # the 90 that are the same do not fit: all vectors are fetched
         assert nearest(backend, queries, alone, 24) == expected
         np.testing.assert_array_equal(backend.vectors(np.arange(len(vectors))), vectors)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="the wheel's one kernel"
+)
+def test_faiss_multiplies_with_kernels_of_this_processor_and_leaves_the_environment():
+    script = (
+        "import os, numpy\n"
+        "from flamingo.eval.retrieval.search import Faiss\n"
+        "Faiss(numpy.eye(4, dtype=numpy.float32))\n"
+        "assert 'OPENBLAS_CORETYPE' not in os.environ\n"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**inherited, "OPENBLAS_VERBOSE": "2"},  # each OpenBLAS names its kernels as it is loaded
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Prescott" not in done.stdout + done.stderr
 
 
 def test_what_is_barred_makes_room_for_the_next():
