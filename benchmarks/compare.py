@@ -1,10 +1,11 @@
 """The ways to join sight and language, side by side: trained, asked and timed on the quickstart's data.
 
-    python -m benchmarks.compare [--steps N] [--questions N] [--only NAME ...] [--out runs/compare]
+    python -m benchmarks.compare [--steps N] [--questions N] [--only WAY ...] [--out runs/compare]
 
 Each way is the quickstart's recipe with another connector and fusion: the same samples in the same
-order, the same steps, the same frozen parts; a prefix learns at ten times the rate. `--set
-NAME:key=value` changes one of them. Speeds are measured afterwards, all in turn.
+order, the same steps, the same frozen parts; a prefix learns at ten times the rate, with adapters (LoRA) in
+the language model, but for the one that is `frozen`. `--set WAY:key=value` changes one of them. Speeds are
+measured afterwards, all in turn.
 Every part that is done is not done again: stopped at any moment, the same command goes on.
 Writes compare-fusions.html, .json and .md into the folder, which holds a run folder for each way.
 """
@@ -33,17 +34,17 @@ from flamingo.train.config import Recipe, read_recipe
 ASKED = ["--benchmark", "easy_vqa", "--shots", "0", "--shots", "4", "--zero-shot", "none", "--beams", "1"]
 SAMPLE = 500
 # A prefix has no blocks that could turn the frozen model's words into the data's: its vectors must do
-# that too, and at the quickstart's rate they are slow (docs/decisions.md).
+# that too, and at the quickstart's rate they are slow. And the frozen model does not compare what it
+# is told with what it is asked; adapters learn it, as the gated blocks do (docs/decisions.md).
 PREFIX = ["model.architecture.fusion=prefix", "optimizer.lr=3.0e-3"]
-POOL = ["model.architecture.connector=pool", "model.architecture.connector_grid=[4, 4]"]
-# Name -> what is not the quickstart's.
-WAYS: dict[str, list[str]] = {
-    "cross-attention + perceiver": [],
-    "prefix + linear": ["model.architecture.connector=linear", *PREFIX],
-    "prefix + mlp": ["model.architecture.connector=mlp", *PREFIX],
-    "prefix + pool": [*POOL, *PREFIX],
+ADAPTED = [*PREFIX, "lora={rank: 16, alpha: 32}", "optimizer.lr_factors={lora: 0.1}"]
+# What --only, --set and run folders call it -> its name, and what is not the quickstart's.
+WAYS: dict[str, tuple[str, list[str]]] = {
+    "perceiver": ("cross-attention + perceiver", []),
+    "linear": ("prefix + linear, LoRA", ["model.architecture.connector=linear", *ADAPTED]),
+    "mlp": ("prefix + mlp, LoRA", ["model.architecture.connector=mlp", *ADAPTED]),
+    "frozen": ("prefix + mlp", ["model.architecture.connector=mlp", *PREFIX]),
 }
-SHORT = {name.partition(" + ")[2]: name for name in WAYS}  # as --only and --set have them
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -54,10 +55,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--questions", type=int, help="test questions of each setting; default: as quickstart"
     )
-    parser.add_argument("--only", nargs="+", choices=list(SHORT), default=list(SHORT), metavar="CONNECTOR")
-    parser.add_argument(
-        "--set", nargs="*", default=[], help="overrides of the recipe, of all or CONNECTOR:key=value"
-    )
+    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+    parser.add_argument("--set", nargs="*", default=[], help="of the recipe, for all or WAY:key=value")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 4, 16], help="of the timed answers")
     parser.add_argument("--answers", type=int, default=8, help="that are timed in a round")
     parser.add_argument("--timed-steps", type=int, default=8, help="of training, that are timed in a round")
@@ -79,7 +78,6 @@ class Way:
     """One connector with one fusion, and where its run lies."""
 
     name: str
-    short: str
     run: Path
     overrides: list[str] = field(default_factory=list)
 
@@ -114,7 +112,7 @@ class Way:
 def ways(options: argparse.Namespace) -> list[Way]:
     """Those that are asked for, in the order of `WAYS`. Raises ValueError for an override of none of them."""
     found = []
-    own: dict[str, list[str]] = {short: [] for short in SHORT}
+    own: dict[str, list[str]] = {short: [] for short in WAYS}
     for override in options.set:
         start, colon, rest = override.partition(":")
         if colon and "=" not in start:
@@ -124,19 +122,19 @@ def ways(options: argparse.Namespace) -> list[Way]:
         else:
             for each in own.values():
                 each.append(override)
-    for short, name in SHORT.items():
+    for short, (name, changed) in WAYS.items():
         if short not in options.only:
             continue
-        run = options.out / name.replace(" + ", "-")
+        run = options.out / short
         overrides = [
             f"run={run}",
             *backbones(options.data),
             *shards(options.data / "easy-vqa"),
-            *WAYS[name],
+            *changed,
             *([f"steps={options.steps}"] if options.steps else []),
             *own[short],
         ]
-        found.append(Way(name, short, run, overrides))
+        found.append(Way(name, run, overrides))
     return found
 
 

@@ -5,8 +5,9 @@
 Runs `flamingo train` itself on the quickstart recipe, in turn with one rank on all cores and with
 two ranks on half of them each, and takes the seconds of its metrics.jsonl once the grids of all
 pictures are held (the shards are small, so that this is soon). FLOPs are the model's
-(`flamingo.train.flops`); the peak is that of bfloat16 products on all cores, measured before and
-after. Prints one line of JSON per number of ranks and one that compares them.
+(`flamingo.train.flops`); the peak is that of bfloat16 products on all cores, measured before every run and
+after the last: the best counts, and where the worst is far below it the machine was not quiet. Prints one
+line of JSON per number of ranks and one that compares them.
 """
 
 from __future__ import annotations
@@ -123,26 +124,30 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
     folder = scratch / "easy-vqa"
     flamingo("data", "easy-vqa", str(folder), "--samples-per-shard", str(SAMPLES_PER_SHARD))
     changed = overrides(options, folder)
-    peaks, times = [peak()], {ranks: [] for ranks in options.ranks}
+    peaks, times = [], {ranks: [] for ranks in options.ranks}
     for number in range(options.rounds):
         for ranks in options.ranks:
+            peaks.append(peak())
             run = scratch / f"ranks-{ranks}-{number}"
             flamingo("train", str(RECIPE), f"run={run}", *changed, "--processes", str(ranks))
             times[ranks].append(seconds(run, options.warmup))
     peaks.append(peak())
-    best = max(peaks)
     steps = list(contents(read_recipe(RECIPE, [f"run={scratch / 'none'}", *changed])))[options.warmup :]
     flops = statistics.mean(each for each, _ in steps)
     for ranks, runs in times.items():
         devices = ranks if torch.cuda.is_available() else 1
-        print(json.dumps(row(ranks, runs, flops, best * devices, [held for _, held in steps])), flush=True)
+        shown = [each * devices for each in peaks]
+        print(json.dumps(row(ranks, runs, flops, shown, [held for _, held in steps])), flush=True)
     if {1, 2} <= times.keys():
         one, two = (statistics.median(sum(times[ranks], [])) for ranks in (1, 2))
         print(json.dumps({"two_ranks_times_as_fast_as_one": round(one / two, 3)}))
 
 
-def row(ranks: int, runs: list[list[float]], flops: float, best: float, held: list[dict[str, int]]) -> dict:
+def row(
+    ranks: int, runs: list[list[float]], flops: float, peaks: list[float], held: list[dict[str, int]]
+) -> dict:
     """What is printed of a number of ranks."""
+    best = max(peaks)
     median = statistics.median(sum(runs, []))
     means: dict[str, Any] = {name: round(statistics.mean(h[name] for h in held)) for name in held[0]}
     return {
@@ -153,6 +158,7 @@ def row(ranks: int, runs: list[list[float]], flops: float, best: float, held: li
         "medians_of_runs": [round(statistics.median(run), 4) for run in runs],
         "gflop_per_step": round(flops / 1e9, 1),
         "peak_gflops": round(best / 1e9, 1),
+        "peak_gflops_range": [round(min(peaks) / 1e9, 1), round(best / 1e9, 1)],
         "peak_share": round(flops / median / best, 4),
         **means,
     }

@@ -17,7 +17,7 @@ SMALL = [
     "resampler_depth=1", "resampler_width=32", "resampler_heads=2", "resampler_head_dim=16",
     "cross_attention_every=1", "cross_attention_heads=2", "cross_attention_head_dim=16",
 ]  # fmt: skip
-FIRST, SECOND = "cross-attention + perceiver", "prefix + mlp"
+FIRST, SECOND = "cross-attention + perceiver", "prefix + mlp, LoRA"
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_runs_of_other_settings_are_refused_before_anything_is_trained(
     before = len(calls)
     with pytest.raises(SystemExit, match=r"holds a run with other settings \(steps\): .*--out"):
         compare.main([*words, "--steps", "3"])
-    with pytest.raises(SystemExit, match="'mpl' is none of perceiver, linear, mlp, pool"):
+    with pytest.raises(SystemExit, match="'mpl' is none of perceiver, linear, mlp, frozen"):
         compare.main([*words[: words.index("--set")], "--set", "mpl:steps=3"])
     assert len(calls) == before
 
