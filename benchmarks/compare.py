@@ -55,7 +55,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--questions", type=int, help="test questions of each setting; default: as quickstart"
     )
-    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
+    )
     parser.add_argument("--set", nargs="*", default=[], help="of the recipe, for all or WAY:key=value")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 4, 16], help="of the timed answers")
     parser.add_argument("--answers", type=int, default=8, help="that are timed in a round")

@@ -71,8 +71,8 @@ def _faiss() -> Any:
     import torch
 
     name = "OPENBLAS_CORETYPE"
-    kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
-    ours = kernels is not None and name not in os.environ
+    kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability(), "")
+    ours = bool(kernels) and name not in os.environ
     if ours:
         os.environ[name] = kernels
     try:

@@ -173,13 +173,13 @@ def test_an_unknown_source_lists_the_choices():
 
 
 def test_a_source_may_live_outside_the_package(tmp_path, monkeypatch):
-    (tmp_path / "my_lab").mkdir()
-    (tmp_path / "my_lab" / "encoders.py").write_text(
+    (tmp_path / "vision_lab").mkdir()
+    (tmp_path / "vision_lab" / "encoders.py").write_text(
         "import torch\ndef build(config):\n    return torch.nn.Linear(config.width, 1)\n"
         "def describe(name): ...\ndef load(module, name): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    config = FlamingoVisionConfig(source="my_lab.encoders", name="own", width=7)
+    config = FlamingoVisionConfig(source="vision_lab.encoders", name="own", width=7)
     encoder = vision.build(config)
     assert encoder.in_features == 7
     assert not encoder.weight.requires_grad and not encoder.training
