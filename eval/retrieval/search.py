@@ -42,10 +42,7 @@ class Faiss:
 
     def __init__(self, vectors: np.ndarray, about: Sequence[str] = ()):
         """vectors: float32[R, D]; about: a line on each row, where there is one."""
-        import torch
-
         faiss = _faiss()
-        faiss.omp_set_num_threads(torch.get_num_threads())
         self.rows = self.most = len(vectors)
         self._vectors, self._about = vectors, about
         self._index: Any = faiss.IndexFlatIP(vectors.shape[1])
@@ -62,7 +59,7 @@ class Faiss:
 
 
 def _faiss() -> Any:
-    """The module, with kernels of this processor in the OpenBLAS that its wheel brings.
+    """The module, on as many threads as PyTorch, with kernels of this processor in its wheel's OpenBLAS.
 
     That OpenBLAS is older than many processors, and one that it does not know gets kernels of 2004: four
     times as slow on a Xeon of 2023. PyTorch knows the processor. OpenBLAS looks at the variable only
@@ -82,6 +79,7 @@ def _faiss() -> Any:
     finally:
         if ours:
             del os.environ[name]
+    faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
 
 

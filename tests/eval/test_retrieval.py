@@ -255,6 +255,12 @@ def test_faiss_multiplies_with_kernels_of_this_processor_and_leaves_the_environm
     assert "Prescott" not in done.stdout + done.stderr
 
 
+def test_kernels_that_the_user_names_for_openblas_stand(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    Faiss(np.eye(4, dtype=np.float32))
+    assert os.environ["OPENBLAS_CORETYPE"] == "Haswell"
+
+
 def test_what_is_barred_makes_room_for_the_next():
     vectors = tied()
     alone = [[row] for row in range(len(vectors))]
