@@ -4,8 +4,8 @@
 
 Each way is the quickstart's recipe with another connector and fusion: the same samples in the same
 order, the same steps, the same frozen parts; a prefix learns at ten times the rate, with adapters (LoRA) in
-the language model, but for the one that is `frozen`. `--set WAY:key=value` changes one of them. Speeds are
-measured afterwards, all in turn.
+the language model. A prefix without them, `frozen`, is trained when `--only` names it. `--set WAY:key=value`
+changes one of them. Speeds are measured afterwards, all in turn.
 Every part that is done is not done again: stopped at any moment, the same command goes on.
 Writes compare-fusions.html, .json and .md into the folder, which holds a run folder for each way.
 """
@@ -45,6 +45,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "mlp": ("prefix + mlp, LoRA", ["model.architecture.connector=mlp", *ADAPTED]),
     "frozen": ("prefix + mlp", ["model.architecture.connector=mlp", *PREFIX]),
 }
+USUAL = ["perceiver", "linear", "mlp"]
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +57,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--questions", type=int, help="test questions of each setting; default: as quickstart"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
+        "--only",
+        nargs="+",
+        choices=list(WAYS),
+        default=USUAL,
+        metavar="WAY",
+        help=f"of {', '.join(WAYS)}; default: {' '.join(USUAL)}",
     )
     parser.add_argument("--set", nargs="*", default=[], help="of the recipe, for all or WAY:key=value")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 4, 16], help="of the timed answers")
