@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -77,3 +78,16 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     name_accelerator()
+
+
+@contextlib.contextmanager
+def logs_from(level: int, *loggers: str) -> Iterator[None]:
+    """Loggers (names; "" is the root) say nothing below `level`; afterwards what they said before."""
+    held = [(logger, logger.level) for logger in map(logging.getLogger, loggers)]
+    for logger, _ in held:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, before in held:
+            logger.setLevel(before)

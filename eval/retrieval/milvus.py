@@ -22,6 +22,7 @@ import pydantic
 from filelock import FileLock
 
 from flamingo.eval.retrieval.contents import Held, read_manifest
+from flamingo.runtime import logs_from
 
 CONNECT_SECONDS, CALL_SECONDS = 10, 120  # that a Milvus may take
 MOST = 16_384  # rows that a Milvus gives of a search
@@ -102,14 +103,8 @@ def connected(address: Address) -> Iterator[Any]:
 def _alone(file: Path) -> Iterator[None]:
     """One process at a time. Milvus Lite answers calls that it does not know with a traceback on the
     terminal, though pymilvus does without them: what matters reaches the client as an exception."""
-    server = logging.getLogger("grpc._server")
-    before = server.level
-    server.setLevel(logging.CRITICAL)
-    try:
-        with FileLock(f"{file}.lock"):
-            yield
-    finally:
-        server.setLevel(before)
+    with logs_from(logging.CRITICAL, "grpc._server"), FileLock(f"{file}.lock"):
+        yield
 
 
 def _explained(address: Address, error: Any, token: str, connecting: bool) -> str:

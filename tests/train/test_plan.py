@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import re
 import subprocess
@@ -363,6 +364,12 @@ def test_the_command_prints_plain_lines_in_a_pipe(recipe_path):
     assert "500 steps" in result.output and "GPU-hours" in result.output
     rows = [line for line in result.output.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]
     assert len(rows) == 8 and sum("recommended" in row for row in rows) == 1
+
+
+def test_other_warnings_are_heard_after_the_command(recipe_path, caplog):
+    CliRunner().invoke(app, ["plan", str(recipe_path)])
+    logging.getLogger("flamingo.anything").warning("damaged image")
+    assert "damaged image" in caplog.text
 
 
 def test_the_command_gives_json(recipe_path):

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 
+from flamingo.runtime import logs_from
 from flamingo.train.config import read_recipe
 from flamingo.train.plan import plan
 from flamingo.train.planning.show import show
@@ -23,16 +24,15 @@ def run(
 ) -> None:
     """Plan and print. Raises ValueError as `plan` and `read_recipe`."""
     # Libraries warn of weights that a plan does not want, and of each of their attempts without a network.
-    logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    made = plan(
-        read_recipe(recipe, overrides),
-        gpus=gpus,
-        gpu_memory=gpu_memory,
-        utilisation=utilisation,
-        peak=peak,
-        images=dict(map(_images, images)),
-    )
+    with logs_from(logging.ERROR, ""), logs_from(logging.CRITICAL, "huggingface_hub"):
+        made = plan(
+            read_recipe(recipe, overrides),
+            gpus=gpus,
+            gpu_memory=gpu_memory,
+            utilisation=utilisation,
+            peak=peak,
+            images=dict(map(_images, images)),
+        )
     if as_json:
         print(json.dumps(made.as_json(), indent=1))
     else:
