@@ -29,6 +29,7 @@ def create(
     frozen_dtype: torch.dtype = torch.float32,
     seed: int = 0,
     gathered: Gathered | None = None,
+    loading: AbstractContextManager[Any] | None = None,
     **architecture,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """A Flamingo with pretrained frozen parts and new, untrained connecting parts.
@@ -36,8 +37,8 @@ def create(
     vision: "source:name", the name being one of the source's or a local folder;
     language: name or local folder for `AutoModelForCausalLM`; vision_options: passed to the
     source's `describe`, e.g. {"image_size": 336} or {"layer": -2}; frozen_dtype: of both frozen
-    parts; seed: for the new parts; gathered: where the language model is loaded in pieces over the
-    ranks of a group (DeepSpeed's ZeRO-3), which is up to the caller; architecture: fields of
+    parts; seed: for the new parts; loading: within it the language model is loaded, e.g. in pieces over
+    the ranks of a group (DeepSpeed's ZeRO-3); gathered: makes such pieces whole; architecture: fields of
     `FlamingoConfig`. What the gated blocks add is scaled to the LM's residual stream, measured
     here (`cross_attention_scale=None` leaves it out, as in the paper); with `fusion="prefix"` the vectors
     are scaled to its embeddings (`connector_scale=1.0` leaves them as they are).
@@ -49,9 +50,10 @@ def create(
     if not name:
         raise ValueError(f"vision={vision!r}: write source:name, e.g. timm:tf_efficientnet_lite0")
     tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
-    language_model = AutoModelForCausalLM.from_pretrained(
-        language, dtype=frozen_dtype, trust_remote_code=False
-    )
+    with loading or nullcontext():
+        language_model = AutoModelForCausalLM.from_pretrained(
+            language, dtype=frozen_dtype, trust_remote_code=False
+        )
     first_added = len(tokenizer)
     known = [token for token in ADDED_TOKENS if token in tokenizer.get_vocab()]
     if known:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -15,13 +17,15 @@ from flamingo.train import checkpoint
 from flamingo.train.checkpoint import WEIGHT, Saved
 from flamingo.train.config import RECIPE, Recipe
 from flamingo.train.parts import add_adapters, architecture, merge_adapters, unfreeze
-from flamingo.train.written import compare, replacing
+from flamingo.train.written import check_place, compare, replacing
 
 
 def assemble(
-    recipe: Recipe, gathered: Gathered | None = None
+    recipe: Recipe,
+    gathered: Gathered | None = None,
+    loading: AbstractContextManager[Any] | None = None,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The model that a recipe begins with, its adapters in place."""
+    """The model that a recipe begins with, its adapters in place; gathered, loading: see `create`."""
     model, processor = create(
         vision=recipe.model.vision,
         language=recipe.model.language,
@@ -29,6 +33,7 @@ def assemble(
         frozen_dtype=getattr(torch, recipe.model.frozen_dtype),
         seed=recipe.seed,
         gathered=gathered,
+        loading=loading,
         **architecture(recipe),
     )
     if recipe.model.start:
@@ -42,11 +47,13 @@ def assemble(
 def export_run(run: Path, out: Path) -> int:
     """Write the model of a run's newest checkpoint, in the dtype of its frozen part; its step.
 
-    Adapters are merged into the LM. The folder is complete or absent; one that is there is
+    Adapters are merged into the LM. The folder is complete or absent; a model that is there is
     replaced. What was written is read again and compared.
 
-    Raises ValueError for a folder without a run or a checkpoint.
+    Raises ValueError for a folder without a run or a checkpoint, and where `out` holds something
+    other than a model.
     """
+    check_place(out)
     held = run / RECIPE
     if not held.is_file():
         raise ValueError(f"{run} holds no run (no {RECIPE}): name the folder of a training run")

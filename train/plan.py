@@ -7,10 +7,12 @@ no weight is read, nothing large is allocated. docs/recipes.md says how far to t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from flamingo.train import flops
 from flamingo.train.config import Recipe
@@ -118,7 +120,8 @@ def plan(
     again = again if recipe.activation_checkpointing else 0.0
     speed, speed_from = _peak(recipe, peak)
     seconds = (work + again) / (gpus * speed * utilisation)
-    options = _options(recipe, Tracer(model, recipe, images), parts, gpus, gpu_memory, frozen_bytes, count)
+    sizes = frozen_bytes, count, bytes_of(model.vision_encoder, trained=False)  # type: ignore[arg-type]
+    options = _options(recipe, Tracer(model, recipe, images), parts, gpus, gpu_memory, sizes)
     best = recommend(options)
     return Plan(
         gpus=gpus,
@@ -154,22 +157,31 @@ def _options(
     parts: list[int],
     gpus: int,
     gpu_memory: float,
-    frozen: int,
-    count: int,
+    sizes: tuple[int, int, int],
 ) -> list[Option]:
-    """Every ZeRO stage that the recipe's `offload` allows with micro-batches from the smallest on, until
-    one fits nowhere."""
-    stages = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "all": (3,)}[recipe.offload]
+    """Every ZeRO stage that the recipe may have with micro-batches from the smallest on, until one fits
+    nowhere. sizes: the last arguments of `states`."""
+    stages = _stages(recipe)
     room, found = ROOM * gpu_memory * GIB, []
     for accumulation in parts:
         batch = tracer.run(gpus * accumulation)
         documents = sum(source.batch for source in recipe.sources) // (gpus * accumulation)
         for stage in stages:
-            held = states(recipe, stage, gpus, accumulation, frozen, count)
+            held = states(recipe, stage, gpus, accumulation, *sizes)
             fits = held.total + batch.activations + batch.buffers <= room
             found.append(Option(stage, accumulation, documents, held, batch, fits))
         if not any(option.fits for option in found[-len(stages) :]):
             break
+    return found
+
+
+def _stages(recipe: Recipe) -> list[int]:
+    """Those that a training of the recipe would not refuse."""
+    found = []
+    for stage in range(4):
+        with suppress(ValidationError):
+            Recipe.model_validate({**recipe.model_dump(), "zero_stage": stage})
+            found.append(stage)
     return found
 
 

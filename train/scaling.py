@@ -3,7 +3,8 @@
     python -m flamingo.train.scaling
 
 Memory and FLOPs are those of `flamingo plan`; what is sent follows from what DeepSpeed 0.19 does.
-N ranks, P trained parameters (float32), F bytes of frozen weights, A micro-batches of a step.
+N ranks, P trained parameters (float32), F bytes of frozen weights, E of them the encoder's, A
+micro-batches of a step.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """A model and its step. flops: of the step over all ranks at `HOME`, recomputing included."""
+    """A model and its step. frozen: bytes, `encoder` of them in the encoder, which ZeRO-3 leaves whole;
+    flops: of the step over all ranks at `HOME`, recomputing included."""
 
     recipe: Recipe
     trained: int
     frozen: int
+    encoder: int
     flops: float
     gathers: int  # of each weight under ZeRO-3: forward, backward, and when it is computed again
 
@@ -85,7 +88,8 @@ def openflamingo_9b() -> Work:
     work = flops.step_flops(model, **held, recomputed=recipe.activation_checkpointing)
     trained = sum(parameters(model)[1].values())
     gathers = 3 if recipe.activation_checkpointing else 2
-    return Work(recipe, trained, bytes_of(model, trained=False), work, gathers)
+    encoder = bytes_of(model.vision_encoder, trained=False)  # type: ignore[arg-type]
+    return Work(recipe, trained, bytes_of(model, trained=False), encoder, work, gathers)
 
 
 def sent(work: Work, stage: int, ranks: int, parts: int) -> tuple[float, float]:
@@ -102,9 +106,10 @@ def sent(work: Work, stage: int, ranks: int, parts: int) -> tuple[float, float]:
     if stage < 3:
         times = parts if stage == 2 else 1
         return share * gradients * (2 * times + 1), buckets * (times + 1)
-    elements = work.trained + work.frozen / 2  # the frozen part is bfloat16
+    pieces = work.frozen - work.encoder
+    elements = work.trained + pieces / 2  # the frozen part is bfloat16
     calls = work.gathers * math.ceil(elements / PREFETCH) + buckets
-    return share * parts * (work.gathers * (work.frozen + gradients) + gradients), parts * calls
+    return share * parts * (work.gathers * (pieces + gradients) + gradients), parts * calls
 
 
 def row(work: Work, stage: int, gpus: int, grows: bool, machine: Machine) -> Row:
@@ -115,7 +120,7 @@ def row(work: Work, stage: int, gpus: int, grows: bool, machine: Machine) -> Row
     size, calls = sent(work, stage, gpus, parts)
     speed = (machine.inside if gpus <= machine.node else machine.between) * machine.reached
     talk = size / speed + calls * (gpus - 1) * machine.hop
-    held = states(work.recipe, stage, gpus, parts, work.frozen, work.trained)
+    held = states(work.recipe, stage, gpus, parts, work.frozen, work.trained, work.encoder)
     return Row(stage, gpus, size, held.total, flops_here / (machine.peak * machine.utilisation), talk)
 
 

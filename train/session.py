@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from flamingo.attention import attend_plainly
 from flamingo.data.features import FeatureShards
 from flamingo.data.kinds import longest_clip
 from flamingo.data.steps import StepDataset, open_feeds
+from flamingo.data.writing import write_aside
 from flamingo.features import fingerprint
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
@@ -33,7 +35,7 @@ from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
 from flamingo.train.opening import begin, newest, opened, together
 from flamingo.train.optim import trained
-from flamingo.train.parts import adapters_to_training, boundaries, compile_parts, new_at, unfreeze
+from flamingo.train.parts import boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
 from flamingo.train.stopping import Stopping, forget
 from flamingo.train.watchdog import Watchdog
@@ -72,8 +74,7 @@ def _train(
     evaluate: Evaluate | None,
 ) -> None:
     torch.manual_seed(recipe.seed)
-    with engine.partitioned(recipe, world):
-        model, processor = assemble(recipe, engine.gathered)
+    model, processor = assemble(recipe, engine.gathered, engine.partitioned(recipe, world))
     model.to(engine.device())  # type: ignore[arg-type]
     attend_plainly(model.language_model)
     if recipe.activation_checkpointing:
@@ -159,7 +160,6 @@ def _phase(recipe: Recipe, objective: Objective, world: int, saved: Saved | None
     step = saved.step if saved else 0
     unfreeze(objective.model, recipe, step)
     objective.model.train()
-    adapters_to_training(objective.model)
     if saved:
         named = trained(objective)
         saved.check(named, new_at(objective.model, recipe, step))
@@ -210,7 +210,9 @@ def _check_clips(recipe: Recipe, trained: int | None) -> None:
 
 def _counts(model: FlamingoForConditionalGeneration) -> dict[bool, int]:
     counts = {True: 0, False: 0}
-    for parameter in model.parameters():
+    # Under ZeRO-3 the engine took the encoder out of the model's own modules.
+    encoder: Any = model.vision_encoder
+    for parameter in dict.fromkeys((*model.parameters(), *encoder.parameters())):
         counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     return counts
 
@@ -226,4 +228,4 @@ def _summary(recipe: Recipe, counts: dict[bool, int], world: int, start: int, se
         "trained_parameters": counts[True],
         "frozen_parameters": counts[False],
     }
-    (recipe.run / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_aside(recipe.run / "train.json", lambda part: part.write_text(json.dumps(summary, indent=1) + "\n"))

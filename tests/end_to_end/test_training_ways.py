@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from flamingo.train.checkpoint import Saved
 
@@ -18,9 +20,32 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_adapters_under_zero_3_are_trained_and_merged_into_the_export(world: Path, tmp_path: Path, cli):
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision tower that transformers itself loads, with random weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size=32, crop_size=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("vision", ["timm", "transformers"])
+def test_adapters_under_zero_3_are_trained_and_merged_into_the_export(
+    world: Path, clip: Path, tmp_path: Path, cli, vision: str
+):
     run = tmp_path / "run"
     settings = (*COMMON, "model.frozen_dtype=float32", "zero_stage=3", "lora={rank: 2}", "steps=2")
+    if vision == "transformers":
+        settings += (f"model.vision=transformers:{clip}",)
     done = cli("train", world / "recipe.yaml", f"run={run}", *settings, "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     names = Saved(run / "checkpoints" / "step-000002").names
@@ -43,7 +68,10 @@ def test_what_is_unfrozen_on_the_way_is_trained_from_there_and_resumed(world: Pa
     done = cli(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     early, late = (Saved(run / "checkpoints" / f"step-00000{step}").names for step in (2, 3))
-    assert set(late - early) == {"model.language_model.model.embed_tokens.weight"}
+    (new,) = late - early
+    assert new == "model.language_model.model.embed_tokens.weight"
+    updates = Saved(run / "checkpoints" / "step-000003")
+    assert (float(updates("step", new)), float(updates("step", "model.added_tokens.input"))) == (1, 3)
     exported, lm = (load_file(p / "model.safetensors") for p in (run / "model", world / "language"))
     table = "model.embed_tokens.weight"
     assert not torch.equal(exported[f"language_model.{table}"], lm[table])

@@ -26,7 +26,7 @@ from flamingo.train.features import FeatureCache
 from flamingo.train.objective import Objective
 from flamingo.train.optim import adamw
 from flamingo.train.parts import add_adapters, unfreeze
-from flamingo.train.plan import Option, plan, recommend
+from flamingo.train.plan import Option, _stages, plan, recommend
 from flamingo.train.planning.assembly import assemble, bytes_of, configuration, parameters
 from flamingo.train.planning.batches import micro_batch
 from flamingo.train.planning.memory import Batchwise, States, Tracer, states
@@ -208,9 +208,8 @@ import gc, json, sys
 from pathlib import Path
 import torch
 from flamingo.train import engine
-from flamingo.train.optim import adamw
+from flamingo.train.precision import LossScale
 from tests.train.test_plan import recipe_for, real, objective_and_rows, IMAGES
-import deepspeed
 
 stage, accumulation, offload, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 rank, world = engine.join_group()
@@ -223,8 +222,8 @@ recipe = recipe_for(folder, zero_stage=stage, accumulation=accumulation, offload
                     model={"frozen_dtype": "float32"})
 torch.manual_seed(0)
 objective, rows = objective_and_rows(real(recipe), recipe, IMAGES)
-wrapped, *_ = deepspeed.initialize(
-    model=objective, optimizer=adamw(objective, recipe.optimizer), config=engine.configuration(recipe, world))
+scale = LossScale.of(recipe.autocast)
+wrapped = engine.Engine(objective, recipe, world, scale).deepspeed
 del objective
 for number in range(2 * accumulation - (accumulation > 1)):
     # The last pass stands where the optimizer has its state and the gradients are there.
@@ -282,7 +281,8 @@ def test_states_are_what_deepspeed_holds_on_two_ranks(folder, tmp_path_factory, 
     recipe = recipe_for(folder, **settings, model={"frozen_dtype": "float32"})
     model = assemble(recipe)
     frozen, count = bytes_of(model, trained=False), sum(parameters(model)[1].values())
-    planned = states(recipe, stage, 2, accumulation, frozen, count)
+    encoder = bytes_of(model.vision_encoder, trained=False)  # type: ignore[arg-type]
+    planned = states(recipe, stage, 2, accumulation, frozen, count, encoder)
     measured = int(found[0].split()[1])
     print(stage, accumulation, offload, (planned.total - planned.buffers + planned.host) / measured)
     assert planned.total - planned.buffers + planned.host == pytest.approx(measured, rel=0.05)
@@ -298,6 +298,23 @@ def test_more_of_zero_holds_less_and_offload_moves_it_to_the_host(folder):
     assert moved.gradients == moved.optimizer == 0 and moved.host >= each[2].gradients + each[2].optimizer
     away = states(recipe.model_copy(update={"offload": "all"}), 3, 4, 2, 1000, 500)
     assert away.total == away.buffers
+    pieces, kept = (states(recipe, 3, 4, 2, 1000, 500, encoder) for encoder in (0, 400))
+    assert (pieces.frozen, kept.frozen) == (250, 400 + 150)  # every rank has the encoder whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"offload": "optimizer"}, {1, 2, 3}),
+        ({"offload": "all", "zero_stage": 3}, {3}),
+        ({"model": {"start": "runs/first/model"}}, {0, 1, 2}),
+        ({"unfreeze": [{"part": "vision_encoder"}]}, {0, 1, 2}),
+    ],
+)
+def test_no_stage_is_planned_that_a_training_would_refuse(folder, settings, stages):
+    fields = {"zero_stage": 1} if settings.get("offload") == "optimizer" else {}
+    assert set(_stages(recipe_for(folder, **fields, **settings))) == stages
 
 
 def option(stage: int, accumulation: int, fits: bool) -> Option:

@@ -21,7 +21,7 @@ def test_the_tables_of_the_page_are_those_of_the_functions(work):
     for lines in (sizes(work, machine), table(work, machine, True), table(work, machine, False)):
         assert "\n".join(lines) in PAGE
     assert f"P trained parameters: {work.trained:,}," in PAGE
-    assert f"frozen weights in bfloat16: {work.frozen:,}." in PAGE
+    assert f"frozen weights in bfloat16: {work.frozen:,}, E = {work.encoder:,} of them the encoder's" in PAGE
     assert f"{work.flops:.3g} FLOPs" in PAGE
 
 
@@ -52,7 +52,7 @@ def test_a_rank_sends_what_a_ring_does(work, ranks):
     assert sent(work, 0, ranks, 4) == sent(work, 0, ranks, 1)
     assert sent(work, 1, ranks, 4)[0] == pytest.approx(3 * sum(chunks))
     assert sent(work, 2, ranks, 4)[0] == pytest.approx(9 * sum(chunks))
-    weights = [(work.frozen + gradients) / ranks] * (ranks - 1)
+    weights = [(work.frozen - work.encoder + gradients) / ranks] * (ranks - 1)
     assert sent(work, 3, ranks, 2)[0] == pytest.approx(2 * (3 * sum(weights) + sum(chunks)))
 
 

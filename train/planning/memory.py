@@ -47,10 +47,13 @@ class States:
         return self.frozen + self.trained + self.gradients + self.optimizer + self.buffers
 
 
-def states(recipe: Recipe, stage: int, ranks: int, accumulation: int, frozen: int, count: int) -> States:
+def states(
+    recipe: Recipe, stage: int, ranks: int, accumulation: int, frozen: int, count: int, encoder: int = 0
+) -> States:
     """What DeepSpeed 0.19 keeps in its float32 mode, which the engine uses.
 
-    frozen: bytes of what is not trained; count: P. ZeRO-1 and 2 keep the weights of their share a
+    frozen: bytes of what is not trained; encoder: those of them that every rank holds whole under
+    ZeRO-3 and offloading, the encoder's; count: P. ZeRO-1 and 2 keep the weights of their share a
     second time, as the optimizer's own; ZeRO-3 too. Without ZeRO the optimizer has the weights
     themselves. ZeRO-1 keeps whole gradients between micro-batches.
     """
@@ -63,14 +66,15 @@ def states(recipe: Recipe, stage: int, ranks: int, accumulation: int, frozen: in
     gradients = whole if stage == 1 and accumulation > 1 else share
     weights = (frozen, whole)
     if stage == 3:
-        weights = (frozen // ranks, share)
-        live = min(1.0, float(zero["stage3_max_live_parameters"]) / max(1, count + frozen // 2))
-        buffers += int(live * (frozen + whole))
+        pieces = frozen - encoder
+        weights = (encoder + pieces // ranks, share)
+        live = min(1.0, float(zero["stage3_max_live_parameters"]) / max(1, count + pieces // 2))
+        buffers += int(live * (pieces + whole))
     optimizer, host = 3 * share, 0
     if recipe.offload != "none":
         gradients, optimizer, host = 0, 0, gradients + optimizer + share
     if recipe.offload == "all":
-        weights, host = (0, 0), host + sum(weights)
+        weights, host = (encoder, 0), host + sum(weights) - encoder
     return States(weights[0], weights[1], gradients, optimizer, buffers, host)
 
 
