@@ -59,13 +59,17 @@ class FrozenParts:
         return modules
 
     def train(self, mode: bool = True):
-        """Frozen means frozen: the encoder and the LM stay in eval mode (no dropout)."""
+        """Frozen means frozen: the encoder and the LM stay in eval mode (no dropout), but for the
+        dropout of adapters in the LM (PEFT's LoRA)."""
         model: Any = self
         super().train(mode)  # type: ignore[misc]
         for part in (model.vision_encoder, model.language_model):
             part.eval()
         for module in self.trained_modules().values():
             module.train(mode)
+        for name, module in model.language_model.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
         for layer in find_decoder_layers(model.language_model):
             if _recomputes(layer):  # transformers recomputes layers in training mode only
                 layer.training = mode

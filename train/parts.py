@@ -93,13 +93,6 @@ def new_at(model: FlamingoForConditionalGeneration, recipe: Recipe, step: int) -
     return {prefix + name for name, parameter in model.named_parameters() if id(parameter) in owned}
 
 
-def adapters_to_training(model: FlamingoForConditionalGeneration) -> None:
-    """Their dropout works, in a frozen LM that stays in eval mode."""
-    for name, module in model.language_model.named_modules():
-        if "lora_dropout" in name:
-            module.train()
-
-
 def compile_parts(model: FlamingoForConditionalGeneration) -> None:
     """torch.compile the forward of each decoder layer and of the resampler; rows vary in length.
 

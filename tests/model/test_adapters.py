@@ -29,6 +29,19 @@ def step(model, ids, pixels) -> dict:
     return before
 
 
+def test_dropout_of_adapters_follows_the_mode_whoever_changes_it(build, ids, pixels):
+    """An evaluation between two steps of training switches it off, and on again."""
+    peft = pytest.importorskip("peft")
+    model = build("llama")
+    lora = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(lora, model.language_model)
+    with torch.no_grad():
+        for _ in range(2):
+            still = [model.eval()(input_ids=ids, pixel_values=pixels).logits for _ in range(2)]
+            drawn = [model.train()(input_ids=ids, pixel_values=pixels).logits for _ in range(2)]
+            assert torch.equal(*still) and not torch.equal(*drawn)
+
+
 # -- Trainer -----------------------------------------------------------------------------
 
 

@@ -89,3 +89,8 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_and_tells_all_ranks(tmp
     for (what, message, newest), (_, other, _) in zip(one, two, strict=True):
         assert "step-000002 cannot be written" in message and "rank 0" in message, what
         assert message == other and newest == "step-000001", what
+
+
+def test_a_background_checkpoint_is_there_as_soon_as_it_is_written_and_damaged_ones_are_not_kept(tmp_path):
+    told = in_ranks(2, tmp_path / "out", ways.written_beside_training, str(tmp_path / "run"))
+    assert told == [([], ["step-000001"], ["step-000150"])] * 2

@@ -11,7 +11,7 @@ import torch
 
 from flamingo.train.engine import Engine, gathered, partitioned
 from flamingo.train.nonfinite import NonFinite
-from flamingo.train.parts import adapters_to_training, add_adapters, compile_parts
+from flamingo.train.parts import add_adapters, compile_parts
 from tests.train.steps import engine_of, micro_batches, recipe, sum_over_ranks, take_step, weights
 
 
@@ -96,7 +96,6 @@ def adapted(stage: int) -> dict[str, Any]:
     model = tiny_model(0.05)
     assert given.lora
     add_adapters(model, given.lora)
-    adapters_to_training(model)
     objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.float32)
     engine = Engine(objective, given, torch.distributed.get_world_size(), LossScale.of(given.autocast))
     frozen = {n: p for n, p in objective.named_parameters() if not p.requires_grad and "language" in n}
@@ -194,3 +193,40 @@ FAILURES = [
     ("rename", "pathlib.Path.rename", NO_READING),
     ("folder's fsync", "flamingo.train.checkpoint.fsync_folder", NO_READING),
 ]
+
+
+def written_beside_training(folder: str) -> tuple[list[str], list[str], list[str]]:
+    """Checkpoints that are there: right after a background `save`, once it was polled, and after a
+    run that keeps one and had gone back behind a damaged one."""
+    from flamingo.train import checkpoint
+    from flamingo.train.engine import gather_objects
+
+    place, given = Path(folder), recipe(zero_stage=1)
+    engine = engine_of(given)
+
+    def there() -> list[str]:
+        return gather_objects([path.name for path in checkpoint.complete(place)])[0]
+
+    writing, write = threading.Event(), checkpoint._write
+
+    def slowly(*args: Any) -> None:
+        writing.wait()
+        write(*args)
+
+    from unittest import mock
+
+    checkpoints = checkpoint.Checkpoints(place, given.identity(), keep=1, background=True)
+    with mock.patch("flamingo.train.checkpoint._write", slowly):
+        checkpoints.save(engine, 1)
+        checkpoints.poll()
+        first = there()
+        writing.set()
+        until = time.monotonic() + 60
+        while not (polled := there()) and all(gather_objects(time.monotonic() < until)):
+            checkpoints.poll()
+    if torch.distributed.get_rank() == 0:
+        (place / "step-000200").mkdir()
+    checkpoint.Checkpoints(place, given.identity(), keep=1).save(engine, 150)
+    found = first, polled, there()
+    engine.close()
+    return found
