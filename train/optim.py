@@ -38,12 +38,16 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     resampler; gates, norms and embeddings are no matrices of a projection.
     """
     tables = {id(parameter) for parameter in _tables(model)}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    # The LM's tables apart from the added tokens, whose name they share: ZeRO counts the updates of a
+    # whole group, and tables may be unfrozen later.
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in trained(model).items():
-        group = group_of(name, id(parameter) in tables)
+        table = id(parameter) in tables
+        group = group_of(name, table)
         # Under ZeRO-3 a parameter lies flat in pieces, and remembers the shape that it had.
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        groups.setdefault((group, group == "gated_blocks" and len(shape) == 2), []).append(parameter)
+        decays = group == "gated_blocks" and len(shape) == 2
+        groups.setdefault((group, decays, table), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -51,7 +55,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             "name": group,
             "factor": config.lr_factors.get(group, 1.0),  # type: ignore[call-overload]
         }
-        for (group, decays), parameters in groups.items()
+        for (group, decays, _), parameters in groups.items()
     ]
 
 
