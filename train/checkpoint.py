@@ -52,8 +52,8 @@ class Trained(Protocol):
 class Checkpoints:
     """Writes the checkpoints of a run. All ranks call, at the same steps.
 
-    background: the files are written by a thread while training goes on; what went wrong there
-    is told at the next call.
+    background: the files are written by a thread while training goes on; `poll` after every step
+    makes them a checkpoint as soon as all ranks have written theirs.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int = 2, background: bool = False):
@@ -81,6 +81,14 @@ class Checkpoints:
         else:
             self._agree(lambda: _write(part, files), target)
             self._complete(part, target, manifest)
+
+    def poll(self) -> None:
+        """Complete what all ranks have written in the background; nobody waits. Raises OSError as `save`."""
+        if self._thread is None:  # on all ranks or on none
+            return
+        writing = torch.tensor(int(self._thread.is_alive()), device=engines.device())
+        if not engines.sum_over_ranks(writing).item():
+            self.finish()
 
     def finish(self) -> None:
         """Wait for what is written in the background. Raises OSError as `save`."""
@@ -110,7 +118,10 @@ class Checkpoints:
         def complete_it() -> None:
             if dist.get_rank() == 0:
                 _rename(part, target, manifest)
-                for old in complete(self.folder)[: -self.keep]:
+                there = complete(self.folder)
+                newest = there.index(target) + 1
+                # Those of later steps are damaged ones, which this run went back behind.
+                for old in there[: max(0, newest - self.keep)] + there[newest:]:
                     shutil.rmtree(old)
 
         self._agree(complete_it, target)
@@ -208,7 +219,8 @@ def _sync(path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Folders that were renamed into place, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def warn(text: str) -> None:

@@ -77,6 +77,7 @@ class Trainer:
             record["seconds"] = round(time.monotonic() - began, 4)  # with the wait for the data
             record["data_seconds"] = round(waited, 4)
             self._report(step, record, batches)
+            self.company.checkpoints.poll()
             due = recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0
             goes_on = step + 1 < recipe.steps
             reason = self.company.stopping.agreed(self.engine.device) if goes_on else None

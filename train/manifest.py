@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flamingo.data.stream import Stream
+from flamingo.data.writing import write_aside
 
 FILE = "shards.json"
 NAMED = 5  # shards that a message names
@@ -42,9 +43,7 @@ def check(run: Path, now: Manifest, accept: bool) -> None:
             "back, or go on with other samples in another order: --accept-changed-shards"
         )
     if changes or not held.exists():
-        part = held.with_suffix(".part")
-        part.write_text(json.dumps(now, indent=1) + "\n")
-        part.replace(held)
+        write_aside(held, lambda part: part.write_text(json.dumps(now, indent=1) + "\n"))
 
 
 def _changes(before: Manifest, now: Manifest) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flamingo.data.writing import write_aside
 from flamingo.train.live import view
 from flamingo.train.trackers import Trackers
 
@@ -70,9 +72,8 @@ class Metrics:
         path = run / FILE
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if (_step(line) or start + 1) <= start]
-        part = path.with_suffix(".part")  # a run that is killed here must not lose its past
-        part.write_text("".join(f"{line}\n" for line in kept))
-        part.replace(path)
+        # A run that is killed here must not lose its past.
+        write_aside(path, lambda part: part.write_text("".join(f"{line}\n" for line in kept)))
         self.file = path.open("a", buffering=1)
         said: list[str] = []
         self.trackers = Trackers(trackers, run, start, settings or {}, said.append)
@@ -87,7 +88,13 @@ class Metrics:
         if not self.writes:
             return
         record = finite(record)
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        try:
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:  # it names no file by itself
+            raise OSError(
+                f"{self.file.name} cannot be written at step {record['step']} ({error.strerror or error}): "
+                "make room, or choose run=FOLDER on another disk; --resume goes on from the last checkpoint"
+            ) from error
         scalars = {tag: value for tag, value in flat(record) if tag != "step"}
         self.trackers.write(scalars, record["step"])
         self.view.update(record)
@@ -101,6 +108,7 @@ class Metrics:
         """The view ends first: what trackers print of themselves comes below it."""
         if self.writes:
             self.view.close()
-            self.file.close()
+            with suppress(OSError):  # what could not be written was told by `write`
+                self.file.close()
             self.trackers.warn = print
             self.trackers.close()

@@ -12,6 +12,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from flamingo.data.writing import write_aside
 from flamingo.runtime import short_attention, tune_cpu
 from flamingo.train import checkpoint, engine, group, trackers
 from flamingo.train.checkpoint import Saved
@@ -84,7 +85,8 @@ def begin(recipe: RunConfig) -> None:
     held = recipe.run / RECIPE
     if not held.exists():
         recipe.run.mkdir(parents=True, exist_ok=True)
-        held.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        write_aside(held, lambda part: part.write_text(text))
 
 
 def check_folder(recipe: RunConfig, resume: bool) -> None:
@@ -103,6 +105,10 @@ def check_folder(recipe: RunConfig, resume: bool) -> None:
         )
     try:
         before = type(recipe).model_validate(yaml.safe_load(held.read_text())).identity()
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{held} is no YAML ({error}): put the recipe of this run there again, or choose run=FOLDER"
+        ) from None
     except ValidationError:
         raise ValueError(
             f"{recipe.run} holds a run of another kind ({held} has other keys): choose run=FOLDER"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,18 +11,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flamingo.data.writing import fsync_folder
+
+MARKS = ("config.json", "open_clip_config.json")  # one of them lies in every folder of a model
+
+
+def check_place(out: Path) -> None:
+    """Raises ValueError for a place where something other than a model would be lost."""
+    if not out.exists() or (out.is_dir() and any((out / mark).is_file() for mark in MARKS)):
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder for the model")
+    if any(out.iterdir()):
+        raise ValueError(
+            f"{out} holds something other than a model (no {' or '.join(MARKS)}), which would be lost: "
+            "name a folder that is new or empty, or that of a model to replace"
+        )
+
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its name if the block ends well; one that is there goes."""
+    """An empty folder beside `out` that takes its name if the block ends well; a model that is there goes.
+
+    Raises ValueError where `out` holds something else.
+    """
+    check_place(out)
+    out = out.absolute()  # "." has no name
     part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
+    for path in part.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     part.rename(out)
+    fsync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

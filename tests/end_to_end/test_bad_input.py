@@ -69,6 +69,24 @@ def test_a_checkpoint_from_other_settings_is_refused(trained: Path, world: Path,
     fails(cli("train", world / "recipe.yaml", f"run={run}", "--resume"), "seed was 7, is 0")
 
 
+def test_an_export_takes_the_place_of_a_model_and_of_nothing_else(trained: Path, tmp_path: Path, cli):
+    before = sorted(path for path in trained.rglob("*") if path.is_file())
+    (tmp_path / "notes.txt").write_text("mine")
+    for place in (trained, trained.parent, tmp_path):
+        fails(cli("export", trained, place), f"{place} holds something other than a model", "new or empty")
+    fails(cli("export", trained, tmp_path / "notes.txt"), "is a file")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(path for path in trained.rglob("*") if path.is_file()) == before
+
+
+def test_a_recipe_of_a_run_that_is_cut_off_is_named(trained: Path, world: Path, cli):
+    run = world / "cut"
+    run.mkdir()
+    (run / "recipe.yaml").write_text((trained / "recipe.yaml").read_text()[:-40] + "{")
+    done = cli("train", world / "recipe.yaml", f"run={run}", "--resume", "--processes", "2")
+    fails(done, f"{run / 'recipe.yaml'} is no YAML", "run=FOLDER")
+
+
 @pytest.mark.parametrize("damage", ["missing", "damaged", "text"])
 def test_a_picture_that_cannot_be_read_is_named(trained: Path, tmp_path: Path, cli, damage: str):
     picture = tmp_path / "picture.png"

@@ -154,3 +154,10 @@ def test_a_changed_source_is_a_difference():
 def test_writing_a_step_again_replaces_a_damaged_attempt(tmp_path):
     alter(write(tmp_path, 1) / "rank-00001-000.safetensors")
     assert checkpoint.damage(write(tmp_path, 1)) is None
+
+
+def test_what_a_user_laid_beside_checkpoints_is_none(tmp_path):
+    good = write(tmp_path, 1)
+    (tmp_path / "step-000001.bak").mkdir()
+    (tmp_path / "step-last").mkdir()
+    assert checkpoint.complete(tmp_path) == [good] and checkpoint.newest(tmp_path, IDENTITY) == good

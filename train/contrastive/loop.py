@@ -248,6 +248,7 @@ class Trainer:
     def _keep(self, done: int) -> None:
         """A checkpoint where one is due, and the end where one is asked for."""
         recipe, company = self.recipe, self.company
+        company.checkpoints.poll()
         due = recipe.checkpoint_every and done % recipe.checkpoint_every == 0
         reason = company.stopping.agreed(self.trained.device) if done < recipe.steps else None
         if due or reason or done == recipe.steps:
