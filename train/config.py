@@ -167,7 +167,7 @@ class Recipe(RunConfig):
     activation_checkpointing: bool = Field(
         False, description="recompute the layers' activations in the backward pass instead of keeping them"
     )
-    compile: bool = Field(False, description="torch.compile the decoder layers, blocks and resampler")
+    compile: bool = Field(False, description="torch.compile the decoder layers and the resampler")
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="added to DeepSpeed's configuration as it stands"
     )
@@ -200,9 +200,29 @@ class Recipe(RunConfig):
                 f"pack_tokens={self.pack_tokens} is shorter than max_tokens of {', '.join(long)}: "
                 "raise it, lower max_tokens, or set it to 0 for one document a row"
             )
+        self._check_without_effect()
         self._check_zero()
         self._check_encoder()
         return self
+
+    def _check_without_effect(self) -> None:
+        trained = {part.part for part in self.unfreeze} | ({"lora"} if self.lora else set())
+        for group in self.optimizer.lr_factors:
+            if group in ("lora", "language_model", "vision_encoder") and group not in trained:
+                how = "set `lora`" if group == "lora" else f"unfreeze=[{{part: {group}}}]"
+                raise ValueError(
+                    f"optimizer.lr_factors.{group}: nothing of that group is trained: {how}, or remove it"
+                )
+        for part in self.unfreeze:
+            if part.start >= self.steps:
+                raise ValueError(
+                    f"unfreeze: {part.part} from step {part.start} on, but the run has steps={self.steps}: "
+                    "lower start, or raise steps"
+                )
+        if late := [step for step in self.profile_steps if not 1 <= step <= self.steps]:
+            raise ValueError(
+                f"profile_steps: {late[0]} is none of the steps 1 to {self.steps} of this run (steps)"
+            )
 
     def _check_zero(self) -> None:
         if self.offload != "none" and not self.zero_stage:

@@ -5,6 +5,7 @@ Works with and without a launcher: one process alone is a group of one.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -120,8 +121,50 @@ def _merged(derived: dict[str, Any], raw: dict[str, Any], where: str = "") -> di
                 "set that, and remove the key"
             )
         inner = derived.get(key)
+        if isinstance(inner, dict) and not isinstance(value, dict):
+            raise ValueError(
+                f"deepspeed.{name}={value!r}: is a section; set a key of it, deepspeed.{name}.KEY"
+            )
         derived[key] = _merged(inner, value, f"{name}.") if isinstance(inner, dict) else value
     return derived
+
+
+class _Asked(dict):
+    """Remembers which keys it was asked for, also by copies."""
+
+    def __init__(self, fields: dict[str, Any]):
+        super().__init__(fields)
+        self.keys_asked: set[str] = set()
+
+    def __contains__(self, key: Any) -> bool:
+        self.keys_asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+
+def check_section(recipe: Recipe, world: int) -> None:
+    """Raises ValueError for a `deepspeed` section that DeepSpeed refuses, or of which it reads only a part:
+    it passes over keys that it does not know."""
+    from deepspeed import DeepSpeedConfig
+
+    read = _Asked(configuration(recipe, world))
+    try:
+        DeepSpeedConfig(read)
+    except Exception as error:  # of its own, of pydantic, or of whatever it did with the value
+        raise ValueError(f"deepspeed: DeepSpeed cannot use {recipe.deepspeed}: {error}") from error
+    for key in recipe.deepspeed:
+        if key not in read.keys_asked:
+            near = difflib.get_close_matches(key, read.keys_asked, n=1)
+            raise ValueError(
+                f"deepspeed.{key}: DeepSpeed has no such key" + (f"; did you mean {near[0]}?" if near else "")
+            )
 
 
 class Engine:

@@ -33,7 +33,7 @@ from flamingo.train.loop import Company, Trainer
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
-from flamingo.train.opening import begin, newest, opened, together
+from flamingo.train.opening import alike, begin, newest, opened, together
 from flamingo.train.optim import trained
 from flamingo.train.parts import boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
@@ -73,19 +73,12 @@ def _train(
     stopping: Stopping,
     evaluate: Evaluate | None,
 ) -> None:
-    torch.manual_seed(recipe.seed)
-    model, processor = assemble(recipe, engine.gathered, engine.partitioned(recipe, world))
-    model.to(engine.device())  # type: ignore[arg-type]
-    attend_plainly(model.language_model)
-    if recipe.activation_checkpointing:
-        model.gradient_checkpointing_enable()
-    stored = None
-    if recipe.features:
-        transform = processor.image_processor.transform  # type: ignore[attr-defined]
-        encoder = fingerprint(model.vision_encoder, model.config.vision_config, transform)  # type: ignore[arg-type]
-        stored = FeatureShards(recipe.features, encoder)
-    cache = FeatureCache(model, recipe.feature_cache_gb, stored=stored)
-    dataset = open_data(recipe, model, processor, cache, rank, world)
+    with alike():  # a file that one node lacks ends all ranks, not that node's alone
+        if recipe.deepspeed:
+            engine.check_section(recipe, world)
+        model, processor = _load(recipe, world)
+        cache = FeatureCache(model, recipe.feature_cache_gb, stored=_stored(recipe, model, processor))
+        dataset = open_data(recipe, model, processor, cache, rank, world)
     weights = {source.name: source.weight for source in recipe.sources}
     objective = Objective(model, weights, cache, getattr(torch, recipe.autocast), recipe.z_loss)
     saved = newest(recipe, rank)
@@ -130,6 +123,27 @@ def _train(
         export_run(recipe.run, recipe.run / "model")
         _summary(recipe, counts, world, start, seconds)
     torch.distributed.barrier()
+
+
+def _load(recipe: Recipe, world: int) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    torch.manual_seed(recipe.seed)
+    model, processor = assemble(recipe, engine.gathered, engine.partitioned(recipe, world))
+    model.to(engine.device())  # type: ignore[arg-type]
+    attend_plainly(model.language_model)
+    if recipe.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, processor
+
+
+def _stored(
+    recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
+) -> FeatureShards | None:
+    """Grids on disk, if the recipe names any."""
+    if not recipe.features:
+        return None
+    transform = processor.image_processor.transform  # type: ignore[attr-defined]
+    encoder = fingerprint(model.vision_encoder, model.config.vision_config, transform)  # type: ignore[arg-type]
+    return FeatureShards(recipe.features, encoder)
 
 
 def _phases(

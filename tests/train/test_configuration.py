@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from flamingo.train.engine import configuration
+from flamingo.train.engine import check_section, configuration
 from tests.train.steps import recipe
 
 
@@ -33,6 +33,27 @@ def test_what_the_recipe_says_in_its_own_words_is_refused_there(raw, setting):
 
 
 @pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation: .* did you mean zero_optimization"),
+        ({"wall_clock_breakdwn": True}, "wall_clock_breakdwn: .* did you mean wall_clock_breakdown"),
+        ({"zero_optimization": 3}, "deepspeed.zero_optimization=3: is a section"),
+        ({"zero_optimization": {"reduce_bucket": 1}}, "reduce_bucket"),
+        ({"flops_profiler": 3}, "DeepSpeed cannot use"),
+    ],
+)
+def test_a_key_that_deepspeed_does_not_know_is_refused(raw, message):
+    with pytest.raises(ValueError, match=message):
+        check_section(recipe(deepspeed=raw), world=1)
+
+
+def test_keys_that_deepspeed_knows_pass():
+    known = {"wall_clock_breakdown": True, "comms_logger": {"enabled": True}, "aio": {"block_size": 4096}}
+    zero = {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 0}
+    check_section(recipe(zero_stage=3, deepspeed={**known, "zero_optimization": zero}), world=1)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"offload": "optimizer"}, "needs zero_stage 1, 2 or 3, not 0"),
@@ -44,6 +65,13 @@ def test_what_the_recipe_says_in_its_own_words_is_refused_there(raw, setting):
         ({"optimizer": {"lr_factors": {"gate": 2}}}, "lr_factors"),
         ({"zero_stage": 4}, "zero_stage"),
         ({"z_loss": -1}, "z_loss"),
+        (
+            {"optimizer": {"lr_factors": {"lora": 2}}},
+            "lr_factors.lora: nothing of that group is trained: set `lora`",
+        ),
+        ({"optimizer": {"lr_factors": {"vision_encoder": 2}}}, "unfreeze=.*part: vision_encoder"),
+        ({"unfreeze": [{"part": "embeddings", "start": 10}]}, "from step 10 on, but the run has steps=10"),
+        ({"profile_steps": [3, 11]}, "profile_steps: 11 is none of the steps 1 to 10"),
     ],
 )
 def test_settings_that_exclude_each_other_are_named(fields, message):
