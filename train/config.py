@@ -185,6 +185,11 @@ class Recipe(RunConfig):
     profile_steps: list[int] = Field(
         default_factory=list, description="steps whose profiler traces are kept in RUN/profile"
     )
+    export: bool = Field(
+        True,
+        description="write the model to RUN/model at the end; false where the machine cannot hold it whole "
+        "(ZeRO-3): `flamingo export` does it elsewhere",
+    )
     max_skipped_steps: int = Field(
         10, ge=0, description="steps in a row without a finite gradient before the run stops"
     )

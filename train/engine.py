@@ -236,6 +236,10 @@ class Engine:
             torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]
         return norm
 
+    def rates(self, rate: float) -> dict[str, float]:
+        """The learning rate of each group of parameters, where that of the run is `rate`."""
+        return {part["name"]: rate * part["factor"] for part in self.deepspeed.optimizer.param_groups}
+
     def group_norms(self) -> dict[str, float]:
         """Norm of the gradient of each group of parameters, after backward and before `update`.
 

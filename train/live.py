@@ -278,10 +278,10 @@ class LiveView:
     def _optimizer(self) -> list[tuple[str, str]]:
         words = []
         rate, norm = self.record.get("lr"), self.record.get("grad_norm")
-        if isinstance(rate, Mapping):
-            words += [f"{name} {value:.2e}" for name, value in rate.items()]
-        elif rate is not None:
+        if rate is not None:
             words.append(f"{rate:.2e}")
+        own = self.record.get("lrs", {})
+        words += [f"{name} {value:.2e}" for name, value in own.items() if value != rate]
         if norm is not None:
             words.append(f"gradient norm {norm:.3g}")
         return [("learning rate", "  ".join(words))] if words else []

@@ -139,6 +139,7 @@ class Trainer:
             "step": step + 1,
             "loss": {name: loss for name, loss in losses.items() if math.isfinite(loss)},
             "lr": rate,
+            **({"lrs": engine.rates(rate)} if recipe.optimizer.lr_factors else {}),
             "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
             "grad_norms": {n: round(value, 6) for n, value in norms.items() if math.isfinite(value)},
             **({"step_skipped": 1} if skipped else {}),

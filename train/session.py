@@ -120,7 +120,8 @@ def _train(
     counts = _counts(model)
     del objective, cache, model
     if rank == 0:
-        export_run(recipe.run, recipe.run / "model")
+        if recipe.export:
+            export_run(recipe.run, recipe.run / "model")
         _summary(recipe, counts, world, start, seconds)
     torch.distributed.barrier()
 

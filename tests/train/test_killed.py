@@ -12,16 +12,19 @@ import torch
 from tests.train.ranks import in_ranks, start
 from tests.train.steps import to_the_end
 
-STEPS, EVERY = 400, 2
+EVERY, STEPS_A_LIFE = 2, 30  # more than ranks reach before they are killed
 
 
-def killed(folder: Path, out: Path, chance: random.Random, in_a_write: bool) -> bool:
-    """Start two ranks and kill them, inside a checkpoint write or anywhere; whether it was in one."""
-    context = start(2, out, to_the_end, (str(folder), STEPS, EVERY))
-    seen, until = len(list(folder.glob("step-*"))), time.monotonic() + 120
+def killed(folder: Path, out: Path, steps: int, chance: random.Random, in_a_write: bool) -> bool:
+    """Start two ranks and kill them, inside a checkpoint write or anywhere; whether it was in one.
+
+    Raises AssertionError where they had ended by themselves.
+    """
+    context = start(2, out, to_the_end, (str(folder), steps, EVERY))
+    until = time.monotonic() + 120
     before = max((p.name for p in folder.glob("step-*")), default="")
     while time.monotonic() < until:  # until it has begun, and made a checkpoint of its own
-        if max((p.name for p in folder.glob("step-*")), default="") > before and seen >= 0:
+        if max((p.name for p in folder.glob("step-*")), default="") > before:
             break
         if not all(process.is_alive() for process in context.processes):
             break
@@ -31,6 +34,7 @@ def killed(folder: Path, out: Path, chance: random.Random, in_a_write: bool) -> 
         time.sleep(0.0002)
     time.sleep(chance.uniform(0, 0.01))
     writing = bool(list(folder.glob(".step-*.part")))
+    assert all(process.is_alive() for process in context.processes), "they ended before they were killed"
     for process in context.processes:
         process.kill()
     for process in context.processes:
@@ -42,12 +46,12 @@ def killed(folder: Path, out: Path, chance: random.Random, in_a_write: bool) -> 
 @pytest.mark.parametrize("kills", [50])
 def test_ranks_killed_at_random_moments_resume_to_the_same_weights(tmp_path, kills):
     """Half of the kills are aimed at the writing of a checkpoint."""
-    chance, writing = random.Random(0), 0  # noqa: S311
+    chance, writing, steps = random.Random(0), 0, kills * STEPS_A_LIFE  # noqa: S311
     for number in range(kills):
-        writing += killed(tmp_path / "run", tmp_path / f"out-{number}", chance, number % 2 == 0)
+        writing += killed(tmp_path / "run", tmp_path / f"out-{number}", steps, chance, number % 2 == 0)
     assert writing >= kills // 4
-    again = in_ranks(2, tmp_path / "again", to_the_end, str(tmp_path / "run"), STEPS, EVERY)
-    whole = in_ranks(2, tmp_path / "whole", to_the_end, str(tmp_path / "unbroken"), STEPS, EVERY)
+    again = in_ranks(2, tmp_path / "again", to_the_end, str(tmp_path / "run"), steps, EVERY)
+    whole = in_ranks(2, tmp_path / "whole", to_the_end, str(tmp_path / "unbroken"), steps, EVERY)
     for one, other in zip(again, whole, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     print(f"{kills} kills, {writing} of them inside a checkpoint write")

@@ -90,7 +90,7 @@ def test_no_terminal_is_too_narrow(width):
     "given",
     [
         {"step": 1, "loss": {}},
-        {"step": 1, "loss": {"captions": None}, "grad_norm": None, "lr": {"gates": 1e-3, "lora": 1e-4}},
+        {"step": 1, "loss": {"captions": None}, "grad_norm": None, "lr": 1e-3, "lrs": {"gates": 1e-2}},
         {"step": 1, "loss": {"[red]x[/red]": 1.0}, "loss_blank": {"other": 2.0}, "peak_share": None},
     ],
 )

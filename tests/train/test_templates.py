@@ -34,7 +34,7 @@ def stub():
 @pytest.fixture
 def job(tmp_path: Path):
     """job(template, status) -> status of the script, as sbatch would have it, with two tasks."""
-    env = stub().install(tmp_path, 2, {"python": RANK, "torchrun": RANK})
+    env = stub().install(tmp_path, 2, {"python": RANK})
     env |= {"IMAGE": "flamingo.sqsh", "RUN": str(tmp_path / "run")}
 
     def submit(template: Path, status: int = 0, **more: str) -> subprocess.CompletedProcess:
@@ -79,6 +79,7 @@ def test_a_run_that_ends_well_is_over(template, job, tmp_path):
     assert sorted(line[0] for line in ranks) == ["0", "1"]
     for line in ranks:
         assert "-m flamingo.train recipe.yaml steps=7" in line and line.endswith(" --resume")
+        assert ("-m flamingo.train.elastic" in line) == ("torchrun" in template.name)
     assert "--kill-on-bad-exit=1" in (tmp_path / "srun-options").read_text()
 
 
@@ -107,6 +108,16 @@ def test_a_hang_and_a_killed_rank_go_back_until_a_person_should_look(template, s
     assert not list(tmp_path.glob("*.faults"))  # a new submission counts from the beginning
 
 
+@pytest.mark.parametrize(
+    ("end", "status"), [("sys.exit(1)", 1), ("sys.exit(70)", 70), ("os.kill(os.getpid(), 9)", 137), ("", 0)]
+)
+def test_the_status_of_torchrun_is_that_of_its_ranks(end, status, tmp_path):
+    (tmp_path / "rank.py").write_text(f"import os, sys\n{end}\n")
+    torchrun = [sys.executable, "-m", "flamingo.train.elastic", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, str(tmp_path / "rank.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
 def test_an_error_of_the_user_does_not_go_back(template, job, tmp_path):
     assert job(template, 1).returncode == 1
@@ -119,7 +130,7 @@ def test_under_torchrun_the_run_folder_says_that_it_was_asked_to_stop(job, tmp_p
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stopped.json").touch()  # of an earlier turn
     assert job(template, 1).returncode == 1
-    (tmp_path / "bin" / "torchrun").write_text(answers)
+    (tmp_path / "bin" / "python").write_text(answers)
     assert job(template, 1).returncode == 0
     assert told(tmp_path) == ["requeue 4711"]
 

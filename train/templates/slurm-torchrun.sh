@@ -1,5 +1,5 @@
 #!/bin/bash
-# Slurm with torchrun on each node: a killed rank is restarted within the job, without the queue.
+# Slurm with torchrun on each node (as flamingo.train.elastic, which tells what ended the ranks): a killed rank is restarted within the job, without the queue.
 #     RUN=/shared/runs/mine sbatch slurm-torchrun.sh RECIPE.yaml key=value ...
 # Copy it, set what your cluster wants below, and submit it again at will: it goes on where it was.
 #SBATCH --job-name=flamingo
@@ -25,13 +25,13 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or restarted ranks do not find eac
 rm -f "$RUN/stopped.json" # the answer of an earlier turn
 
 trap : TERM USR1 # this shell outlives them, to ask for the next turn
-srun --kill-on-bad-exit=1 torchrun \
+srun --kill-on-bad-exit=1 python -m flamingo.train.elastic \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$GPUS" --max-restarts="$MAX_RESTARTS" \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$((20000 + SLURM_JOB_ID % 10000))" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=280 \
     -m flamingo.train "$@" run="$RUN" --resume
 status=$?
-# torchrun says 1 for whatever happened to its ranks: the run folder knows better.
+# Ranks that were asked to stop end well, so that they are not started again: the run folder tells.
 [[ -e "$RUN/stopped.json" ]] && status=75
 
 # The same in all templates: 75 asked to stop, 70 a rank hung, above 128 killed by a signal.
