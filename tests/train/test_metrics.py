@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 
@@ -120,10 +122,20 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path, capsys, monkeypatch):
 def test_a_run_that_is_killed_while_it_resumes_keeps_its_past(tmp_path, monkeypatch):
     write(tmp_path, 0, [1, 2, 3])
 
-    def killed(self, target):
+    def killed(part, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(tmp_path), "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         Metrics(tmp_path, steps=9, start=2, writes=True)
     assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_told_with_the_file_and_the_step(tmp_path):
+    metrics = Metrics(tmp_path, steps=9, start=0, writes=True, trackers=[])
+    metrics.file.close()
+    metrics.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - closed by the metrics
+    with pytest.raises(OSError, match=r"/dev/full cannot be written at step 1 \(No space left.*--resume"):
+        metrics.write(record(1))
+    metrics.close()
