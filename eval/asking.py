@@ -156,7 +156,7 @@ class Asker:
         """One answer each, cut before the first of the strings in `until`; given: see OPTIONS."""
         until, options = stops(given.get("until")), generation_options(given)
         inputs = self.tokenizer(
-            [each.text for each in asked],
+            [self.processor.marked(each.text) for each in asked],
             add_special_tokens=False,
             padding=True,
             padding_side="left",
@@ -225,10 +225,7 @@ class Asker:
         spaces = len(prompt) - len(prompt.rstrip())
         if spaces:  # a token of a word holds the space before it
             prompt, continuation = prompt[:-spaces], prompt[-spaces:] + continuation
-        alone, whole = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (prompt, prompt + continuation)
-        )
+        alone, whole = self.processor.token_ids([prompt, prompt + continuation])
         pairs = zip(alone, whole)
         start = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(whole)))
         if start == len(whole):

@@ -226,9 +226,8 @@ class Predictor:
 
     def _tokens(self, texts: Iterable[str]) -> dict[str, list[int]]:
         texts = list(texts)
-        tokenizer = self.processor.tokenizer  # type: ignore[attr-defined]
         image, each = self.model.config.image_token_id, self.model.image_tokens
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = self.processor.token_ids(texts)
         long = [[i for i in ids for _ in range(each if i == image else 1)] for ids in rows]
         return dict(zip(texts, long, strict=True))
 

@@ -104,7 +104,8 @@ class FlamingoProcessor(ProcessorMixin):
     """Tokenizer and image processor in one: `processor(text=[...], images=[...])`.
 
     Text holds one `<image>` per picture; `images` is the flat list of all pictures of all
-    rows, in reading order. Rows are padded on the left, as generation needs it.
+    rows, in reading order. Rows are padded on the left, as generation needs it. `<|endofchunk|>` in a
+    text stands for `end_of_chunk_token`, whatever that is.
 
     chat_template: how `apply_chat_template` writes a chat. None: the LM's own, with `<image>` where a
     picture stands; where it has none, few-shot style (`chat.DEFAULT_TEMPLATE`).
@@ -140,7 +141,7 @@ class FlamingoProcessor(ProcessorMixin):
         if kwargs.pop("return_tensors", None) not in (None, "pt"):
             raise ValueError('return_tensors: a Flamingo takes PyTorch tensors, "pt"')
         kwargs.pop("return_text_replacement_offsets", None)  # no text is replaced
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [self.marked(each) for each in ([text] if isinstance(text, str) else text)]
         pictures = _match(texts, images)
         options = {"add_special_tokens": False, "padding": True, **kwargs.pop("text_kwargs", {}), **kwargs}
         encoded = self.tokenizer(texts, padding_side=padding_side, return_tensors="pt", **options)  # type: ignore[operator]
@@ -153,6 +154,17 @@ class FlamingoProcessor(ProcessorMixin):
         if pictures:
             data.update(self.image_processor(pictures))  # type: ignore[operator]
         return BatchFeature(data)
+
+    def marked(self, text: str) -> str:
+        """The text with this tokenizer's own end of a chunk where `<|endofchunk|>` stands: prompts are
+        written with that, and models that were converted have another token for it."""
+        own = self.end_of_chunk_token
+        return text if own == END_OF_CHUNK else text.replace(END_OF_CHUNK, own)
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts as `__call__` gives them, without padding; an image is one."""
+        marked = [self.marked(text) for text in texts]
+        return self.tokenizer(marked, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):  # type: ignore[override]
         """As in transformers: a chat (or a list of chats) whose turns hold text and images.

@@ -61,7 +61,7 @@ class Batcher:
 
     def _row(self, request: Request) -> _Row:
         text = request.prompt(self.style, self.engine.processor)
-        ids = self.engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        (ids,) = self.engine.processor.token_ids([text])
         length = len(ids) + (self.engine.model.image_tokens - 1) * len(request.pictures)
         self.engine.check_room(length, request.sampling.max_new_tokens)
         return _Row(request, ids, length)

@@ -76,7 +76,7 @@ class Engine:
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of a prompt as the LM reads it; of a picture those that stand for it."""
-        ids = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        (ids,) = self.processor.token_ids([prompt.text])
         return len(ids) + (self.model.image_tokens - 1) * len(prompt.pictures)
 
     def check_room(self, length: int, max_new_tokens: int) -> None:

@@ -27,6 +27,7 @@ from flamingo.checkpoints.llava import convert
 from flamingo.cli import app
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
+from flamingo.serving.styles import Message, written
 
 WORDS, IMAGE, PLACES = 20, 20, 4
 SIZES: dict[str, Any] = {
@@ -163,3 +164,17 @@ def test_what_ours_cannot_be_is_refused(fields: dict, said: str, original, tmp_p
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no config.json there"):
         convert(tmp_path, tmp_path / "model")
+
+
+def test_turns_of_a_prompt_end_with_the_token_that_the_model_learned(original, tmp_path: Path):
+    convert(original("llama"), tmp_path / "model")
+    processor: Any = FlamingoProcessor.from_pretrained(tmp_path / "model")
+    told = [Message("user", "<image> a b"), Message("assistant", " c"), Message("user", "<image> d")]
+    picture, end = Image.new("RGB", (16, 16)), processor.end_of_chunk_token_id
+    for style in ("few-shot", "plain", "template"):
+        text = written(told, style, processor)
+        (ids,) = processor.token_ids([text])
+        assert ids.count(end) == 1 and processor(text=text, images=[picture] * 2)["input_ids"].tolist() == [
+            ids
+        ]
+    assert processor.marked("a<|endofchunk|>") == "a</s>"
