@@ -136,9 +136,7 @@ class FlamingoConfig(PreTrainedConfig):
 
     @property
     def block_positions(self) -> list[int]:
-        """LM layers that get a gated block before them, ascending; none where nothing is gated."""
-        if self.fusion != "cross_attention":
-            return []
+        """LM layers that get a block before them, ascending, if the fusion has any (`fusions.positions`)."""
         layers = self.get_text_config().num_hidden_layers
         if self.cross_attention_layers is not None:
             return sorted(self.cross_attention_layers)
@@ -171,7 +169,7 @@ class FlamingoConfig(PreTrainedConfig):
         if self.connector_scale <= 0:
             raise ValueError(f"connector_scale={self.connector_scale}: must be above 0")
         # transformers builds an empty config to find the defaults.
-        if self.fusion == "cross_attention" and self.text_config is not None:
+        if self.fusion != "prefix" and self.text_config is not None:
             self._check_blocks()
 
     def _check_blocks(self):

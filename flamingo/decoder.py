@@ -8,7 +8,7 @@ B rows, T tokens, W LM width, V LM vocabulary, A added tokens, M kept positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -106,14 +106,15 @@ class Conditioning:
 class Decoder:
     """Installs the hooks. Holds no parameters: those belong to the model that owns it."""
 
-    def __init__(self, config: FlamingoConfig, model: nn.Module):
-        """model: what holds language_model, gated_blocks and added_tokens, by these names."""
+    def __init__(self, config: FlamingoConfig, model: nn.Module, positions: Sequence[int]):
+        """model: what holds language_model, gated_blocks and added_tokens, by these names; positions:
+        the LM layer that each block stands before."""
         self.first_added = config.first_added_token_id
         self.model: Any = model
         language_model = self.model.language_model
         self.slot: Conditioning | None = None
         layers = find_decoder_layers(language_model)
-        for index, position in enumerate(config.block_positions):
+        for index, position in enumerate(positions):
             # A partial and no closure: a copy of the model copies it, with the decoder in it.
             hook = partial(self._block_hook, index)
             layers[position].register_forward_pre_hook(hook, with_kwargs=True)

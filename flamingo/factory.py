@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flamingo import fusions
 from flamingo import vision as vision_sources
 from flamingo.config import ADDED_TOKENS, FlamingoConfig
 from flamingo.decoder import residual_rms
@@ -74,9 +75,10 @@ def create(
         image_token_id=first_added + 1,
         **architecture,
     )
-    if config.block_positions and "cross_attention_scale" not in architecture:
+    between = fusions.positions(config)
+    if between and "cross_attention_scale" not in architecture:
         config.cross_attention_scale = _residual_scale(language_model, tokenizer, config, gathered)
-    if not config.block_positions and "connector_scale" not in architecture:
+    if not between and "connector_scale" not in architecture:
         config.connector_scale = _embedding_scale(language_model, gathered)
     torch.manual_seed(seed)
     model = FlamingoForConditionalGeneration(config, language_model)

@@ -12,6 +12,7 @@ from torch import nn
 from flamingo import vision
 from flamingo.config import FlamingoConfig, FlamingoVisionConfig
 from flamingo.factory import create
+from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 
@@ -71,4 +72,4 @@ def assemble(out: Path, vision: str, language: str, fields: list[str], dtype: st
     model.to(getattr(torch, dtype)).save_pretrained(out)  # type: ignore[arg-type]
     processor.save_pretrained(out)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{out}: {trained / 1e6:.1f} M parameters to train, blocks at {model.config.block_positions}"
+    return f"{out}: {trained / 1e6:.1f} M parameters to train, blocks at {positions(model.config)}"

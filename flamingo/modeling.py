@@ -113,7 +113,7 @@ class FlamingoForConditionalGeneration(
         self.added_tokens = AddedTokens(config.added_tokens, *(shape[1] for shape in shapes))
         takes = inspect.signature(self.language_model.forward).parameters
         self._takes_positions = "position_ids" in takes  # ALiBi models have none
-        self._decoder = Decoder(config, self)
+        self._decoder = Decoder(config, self, fusions.positions(config))
         self.freeze()
         if language_model is not None:
             for part in (*language_model.modules(), *language_model.parameters()):

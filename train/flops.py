@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from flamingo import vision
 from flamingo.config import FlamingoConfig
 from flamingo.decoder import find_decoder_layers
+from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 MEASURE_SECONDS = 0.4
@@ -120,8 +121,9 @@ def _count(model: FlamingoForConditionalGeneration) -> Costs:
     heads = getattr(text, "num_attention_heads", 0)  # an LM without attention has none
     attended = 4.0 * heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
     # Another fusion's own modules stand at no layer, and their products are not counted.
-    blocks: dict[int, Any] = dict(zip(config.block_positions, model.gated_blocks, strict=False))
-    flows = not config.block_positions  # into the trained vectors in its input
+    between = positions(config)
+    blocks: dict[int, Any] = dict(zip(between, model.gated_blocks, strict=False))
+    flows = not between  # into the trained vectors in its input
     flows = flows or model.added_tokens.input.requires_grad or _trains(model.get_input_embeddings())
     token = pair = look = image = 0.0
     again = [0.0, 0.0, 0.0]

@@ -4,7 +4,9 @@ A fusion is a module in this folder (or a dotted path elsewhere) with one class,
     width(embedding_width)      what the connector's vectors must be as wide as; None: as they like
     image_tokens(count)         <image> tokens of an image in the LM's input, of `count` vectors
     values(config, count, width) numbers that are kept of an image of `count` vectors
-    blocks(config, text_width, connector_width)   nn.ModuleList of what stands between LM layers
+    between                     whether its blocks stand between LM layers, one before each of
+                                `config.block_positions`; without it they stand at no layer
+    blocks(config, text_width, connector_width)   nn.ModuleList of what is trained beside the connector
     media(blocks, latents)      the images of a batch, of float[N, L, W]: len() is that of all their
                                 <image> tokens; pick(int64[M]), joined(first, second), and by
                                 image `tables`, of_tables(tensors)
@@ -19,6 +21,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+from flamingo.config import FlamingoConfig
+
 
 def fusions() -> list[str]:
     """Names of the fusions in this folder."""
@@ -32,3 +36,8 @@ def fusion(name: str) -> ModuleType:
     if "." in name:
         return importlib.import_module(name)
     raise ValueError(f"fusion={name!r}: choose one of {', '.join(fusions())}")
+
+
+def positions(config: FlamingoConfig) -> list[int]:
+    """LM layers before which a block of the config's fusion stands."""
+    return config.block_positions if getattr(fusion(config.fusion).Fusion, "between", False) else []

@@ -19,7 +19,7 @@ from flamingo.media import Runs
 class Fusion:
     """One <image> token marks where an image stands; gated blocks look at its latents."""
 
-    kept = True
+    between, kept = True, True
 
     def __init__(self, config: FlamingoConfig):
         self.token = config.image_token_id

@@ -56,6 +56,7 @@ class Vectors:
 class Fusion:
     """Nothing stands between the LM's layers."""
 
+    between = False
     kept = False  # the LM's own keys and values hold the images
 
     def __init__(self, config: FlamingoConfig):

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from flamingo.attention import attend_plainly
 from flamingo.folders import check_model, load_model
+from flamingo.fusions import positions
 from flamingo.looking import LookingWord, word_maps
 from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import tune_cpu
@@ -128,7 +129,7 @@ class Engine:
 
     def gates(self) -> list[Gate]:
         """Of every gated block, from the lowest on; of a model without any (`fusion="prefix"`) none."""
-        blocks = zip(self.model.config.block_positions, self.model.gated_blocks, strict=False)
+        blocks = zip(positions(self.model.config), self.model.gated_blocks, strict=False)
         return [Gate(layer, _open(block.attn_gate), _open(block.ff_gate)) for layer, block in blocks]
 
     def _said(self, ids: Sequence[int], whole: bool) -> Answer:

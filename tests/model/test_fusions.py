@@ -38,7 +38,26 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def test_the_folders_hold_what_the_design_names() -> None:
     assert set(connectors()) >= {"perceiver", "linear", "mlp", "pool"}
-    assert set(fusions()) == {"cross_attention", "prefix"}
+    assert set(fusions()) >= {"cross_attention", "prefix"}
+
+
+def test_a_fusion_of_ones_own_may_stand_between_the_layers(build, ids, pixels, tmp_path, monkeypatch) -> None:
+    """One file that changes what the blocks see: here, all pictures upside down in their latents."""
+    (tmp_path / "upside").mkdir()
+    (tmp_path / "upside" / "blocks.py").write_text(
+        "from flamingo.fusions import cross_attention\n\n\n"
+        "class Fusion(cross_attention.Fusion):\n"
+        "    def media(self, blocks, latents):\n"
+        "        return super().media(blocks, -latents)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given, own = (build("llama", fusion=name).eval() for name in ("cross_attention", "upside.blocks"))
+    own.load_state_dict(given.state_dict())
+    with torch.no_grad():
+        one, other = (model(ids, pixel_values=pixels).logits for model in (given, own))
+        blind = own(ids, pixel_values=0 * pixels).logits
+    assert len(own.gated_blocks) == len(given.gated_blocks) > 0
+    assert not torch.allclose(one, other, atol=1e-4) and not torch.allclose(other, blind, atol=1e-4)
 
 
 def test_a_row_means_the_same_alone_and_beside_rows_with_other_images(seer, ids, pixels) -> None:
