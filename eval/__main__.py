@@ -6,13 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-from flamingo.eval.session import SHARE, member, work
+from flamingo.eval.session import SHARE, work
+from flamingo.processes import end_with_parent, member
 from flamingo.runtime import quiet_libraries
 
 
 def main() -> None:
     quiet_libraries()
     if SHARE in os.environ:  # one of the processes that `flamingo eval run` starts
+        end_with_parent()
         try:
             work(Path(os.environ[SHARE]), *member())
         except (ValueError, OSError) as error:

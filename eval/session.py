@@ -6,23 +6,20 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from flamingo.eval.config import EvalConfig
 from flamingo.eval.run import Part
 from flamingo.eval.task import Task
+from flamingo.folders import check_model
+from flamingo.processes import check_alone, choose_gpu, member, spread, together
 from flamingo.runtime import default_processes, short_attention, tune_cpu
 
 PLAN = "plan.json"
-SHARE = "FLAMINGO_EVAL_ANSWERS"  # the folder of answers, for processes that `_spread` starts
+SHARE = "FLAMINGO_EVAL_ANSWERS"  # the folder of answers, for the processes that share it
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,13 @@ def evaluate(
     on all of them what rank 0 collected ({} on the others); else so many processes are started here.
     Raises ValueError for a folder without a model, data that is not there, or foreign answers.
     """
-    if not (model / "config.json").is_file():
-        raise ValueError(f"{model} holds no model (no config.json): train one, or name its folder")
+    check_model(model)
     rank, world = member()
+    check_alone(world, processes)
     answers = out / "answers"
     began = time.monotonic()
     plan = Plan(str(model.resolve()), fingerprint(model), config)
-    with _together(rank, world) as wait:
+    with together(rank, world) as wait:
         if rank == 0:
             if overwrite:
                 shutil.rmtree(answers, ignore_errors=True)
@@ -97,7 +94,7 @@ def evaluate(
         if world > 1:
             work(answers, rank, world)
         else:
-            _spread(answers, processes or default_processes())
+            spread("flamingo.eval", processes or default_processes(), **{SHARE: str(answers)})
         wait()
         return _collect(model, out, answers, config, time.monotonic() - began) if rank == 0 else {}
 
@@ -116,67 +113,11 @@ def _collect(model: Path, out: Path, answers: Path, config: EvalConfig, seconds:
     return summary
 
 
-def member() -> tuple[int, int]:
-    """(rank, world size) that a launcher announced; (0, 1) without one. A Slurm job whose batch script
-    calls this without srun has one process."""
-    names = [("RANK", "WORLD_SIZE")]
-    if {"SLURM_STEP_ID", "SLURM_STEPID"} & os.environ.keys():
-        names.append(("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
-    for rank, world in names:
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    return 0, 1
-
-
-@contextmanager
-def _together(rank: int, world: int) -> Iterator[Any]:
-    """Gives a function that waits for all processes of a launcher; alone, nobody waits.
-
-    Raises ValueError where the launcher did not say at which address they meet.
-    """
-    if world == 1:
-        yield lambda: None
-        return
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(
-            f"{world} processes, but {' and '.join(missing)} not set: export the first node's name and a "
-            "free port before srun; torchrun and deepspeed do it by themselves"
-        )
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(days=7))
-    try:
-        yield dist.barrier
-    finally:
-        dist.destroy_process_group()
-
-
-def _spread(answers: Path, processes: int) -> None:
-    """Run the parts side by side; when one fails, stop the others and say so."""
-    children = []
-    for rank in range(processes):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), SHARE: str(answers)}
-        children.append(subprocess.Popen([sys.executable, "-m", "flamingo.eval"], env=env))
-    try:
-        while any(child.poll() is None for child in children):
-            if any(child.poll() for child in children):
-                break
-            time.sleep(0.1)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-            child.wait()
-    failed = [child.returncode for child in children if child.returncode]
-    if failed:
-        raise ValueError(f"an evaluation process ended with status {failed[0]}; its message is above")
-
-
 def work(answers: Path, rank: int, world: int) -> None:
     """One process: its share of the plan in the folder of answers."""
     from flamingo.eval.predictor import Predictor
 
-    _choose_gpu(rank)
+    choose_gpu(rank)
     tune_cpu(processes=min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     plan = Plan.read(answers)
     config, task = plan.config, Task.of(plan.config)
@@ -194,11 +135,3 @@ def work(answers: Path, rank: int, world: int) -> None:
         part = Part(task, config, predictor, answers, rank, world)
         for setting in config.settings():
             part.run(setting)
-
-
-def _choose_gpu(rank: int) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
-        torch.cuda.set_device(local % torch.cuda.device_count())

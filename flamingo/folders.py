@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 
 
 def check_model(folder: Path) -> None:
-    """Raises ValueError for a folder without a model."""
+    """Raises ValueError for a folder without a model, or with a model of another kind."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model (no config.json): train one, or name its folder")
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder}/config.json is no model's: name a folder that flamingo made") from None
+    if kind != FlamingoConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a model of kind {kind!r}, not a Flamingo: name a folder that training, "
+            "`flamingo create` or `flamingo convert` made"
+        )
 
 
 def load_model(folder: Path) -> FlamingoForConditionalGeneration:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from flamingo.attention import attend_plainly
+from flamingo.config import FlamingoConfig
 from flamingo.data.features import FeatureShards
 from flamingo.data.kinds import longest_clip
 from flamingo.data.steps import StepDataset, open_feeds
 from flamingo.data.writing import write_aside
 from flamingo.features import fingerprint
+from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.train import engine, manifest
@@ -197,6 +199,7 @@ def open_data(
 ) -> StepDataset:
     """The recipe's sources as this rank's micro-batches."""
     _check_clips(recipe, model.config.resampler_frames)
+    _check_next_image(recipe, model.config)
     stored = cache.stored.__contains__ if cache.stored else None
     feeds = open_feeds(
         recipe.sources,
@@ -220,6 +223,15 @@ def _check_clips(recipe: Recipe, trained: int | None) -> None:
                 f"source {source.name!r} has clips of up to {longest} frames, the resampler has "
                 f"{trained or 'no'} embeddings for them: set model.architecture.resampler_frames={longest}, "
                 "or fewer `frames` in the options of the source"
+            )
+
+
+def _check_next_image(recipe: Recipe, config: FlamingoConfig) -> None:
+    for source in recipe.sources:
+        if source.p_next and not positions(config):
+            raise ValueError(
+                f"source {source.name!r}: p_next={source.p_next:g}, but with fusion={config.fusion!r} words "
+                "see the images before them and no later one: set p_next=0"
             )
 
 

@@ -14,15 +14,19 @@ while read -r id _; do
     case $id in "" | \#*) ;; *) waived+=(--ignore-vuln "$id") ;; esac
 done < "$here/waivers.txt"
 
-if [ $# -gt 0 ]; then
-    sites=("$1"/lib/python3*/site-packages)
-    exec "$audit" --strict --path "${sites[0]}" ${waived[@]+"${waived[@]}"}
-fi
 pins=$(mktemp)
 trap 'rm -f "$pins"' EXIT
+ask() {
+    # Of a build such as 2.14.1+cpu the services know the version alone.
+    grep -oE '^[A-Za-z0-9._-]+==[^ ;+]+' > "$pins"
+    "$audit" --strict --no-deps --disable-pip -r "$pins" ${waived[@]+"${waived[@]}"}
+}
+if [ $# -gt 0 ]; then
+    # Without what is released: no service knows a version that nobody has yet.
+    "$1/bin/python" -m pip freeze --all --exclude flamingo-vlm | ask
+    exit
+fi
 for lock in "$here"/../../docker/locks/*.txt; do
     echo "${lock##*/}"
-    # Of a build such as 2.14.1+cpu the services know the version alone.
-    grep -oE '^[A-Za-z0-9._-]+==[^ ;+]+' "$lock" > "$pins"
-    "$audit" --strict --no-deps --disable-pip -r "$pins" ${waived[@]+"${waived[@]}"}
+    ask < "$lock"
 done

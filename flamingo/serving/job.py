@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +12,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flamingo.folders import check_model
-from flamingo.processes import choose_gpu, member, together
+from flamingo.processes import check_alone, choose_gpu, end_with_parent, member, spread, together
 from flamingo.serving.journal import Journal, Plan, Record
 from flamingo.serving.prompt import Sampling
 from flamingo.serving.requests import Request, read_requests
 from flamingo.serving.styles import Style, check_style
 
-SHARE = "FLAMINGO_GENERATE_JOB"  # the job, for processes that `_spread` starts
+SHARE = "FLAMINGO_GENERATE_JOB"  # the job, for the processes that share it
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ def run_job(job: Job, processes: int | None = None) -> Outcome | None:
     requests = read_requests(job.input, job.sampling)
     journal, plan = Journal(job.output), job.plan()
     rank, world = member()
+    check_alone(world, processes)
     with together(rank, world) as wait:
         if rank > 0:
             wait()  # until rank 0 has claimed the output
@@ -93,7 +92,7 @@ def run_job(job: Job, processes: int | None = None) -> Outcome | None:
             if world > 1 or processes == 1:
                 _work(job, requests, rank, world)
             elif open_ones:
-                _spread(job, processes or 1)
+                spread("flamingo.serving", processes or 1, **{SHARE: job.dumped()})
             wait()
             return Outcome(open_ones, time.monotonic() - began, journal.finish(requests))
 
@@ -142,40 +141,8 @@ def _work(job: Job, requests: list[Request], rank: int, world: int) -> None:
                 bar.update(len(records))
 
 
-def _spread(job: Job, processes: int) -> None:
-    """Run the shares side by side; when one fails, stop the others and say so."""
-    children = []
-    for rank in range(processes):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), SHARE: job.dumped()}
-        command = [sys.executable, "-m", "flamingo.serving"]
-        children.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE))
-    try:
-        while any(child.poll() is None for child in children):
-            if any(child.poll() for child in children):
-                break
-            time.sleep(0.1)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-            child.wait()
-            if child.stdin:
-                child.stdin.close()
-    failed = [child.returncode for child in children if child.returncode]
-    if failed:
-        raise ValueError(
-            f"a process ended with status {failed[0]}; its message is above. The same command goes on"
-        )
-
-
 def share(text: str) -> None:
-    """A process that `_spread` started. It ends with the one that started it, however that ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """One of the processes that `run_job` started."""
+    end_with_parent()
     job = Job.read(text)
     _work(job, read_requests(job.input, job.sampling), *member())
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):  # its end is the parent's; sys.stdin has a lock that Python waits for at its end
-        pass
-    os._exit(1)

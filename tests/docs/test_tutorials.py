@@ -35,11 +35,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def walk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WalkPage:
     """walk(page, instead={...}, answers=[...]) in a new folder beside data/ and runs/quickstart."""
 
-    def one_process(answers: Path, processes: int) -> None:
-        session.work(answers, 0, 1)
+    def one_process(module: str, processes: int, **more: str) -> None:
+        session.work(Path(more[session.SHARE]), 0, 1)
 
     # An evaluation's processes are tested elsewhere; starting them takes longer than all they do here.
-    monkeypatch.setattr(session, "_spread", one_process)
+    monkeypatch.setattr(session, "spread", one_process)
     (tmp_path / "data").symlink_to(made / "data")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(made / "runs" / "quickstart")

@@ -116,3 +116,19 @@ def test_answers_of_another_model_are_not_mixed(trained: Path, tmp_path: Path, c
     arguments = ("eval", "run", trained / "model", "--benchmark", "easy_vqa", *few)
     assert cli(*arguments).returncode == 0
     fails(cli(*arguments, "--seed", "1"), "other settings", "seed was 0, is 1", "--overwrite")
+
+
+def test_a_folder_of_another_model_is_named_with_its_kind_by_every_command(world: Path, cli):
+    llama = world / "language"
+    for words in (
+        ("eval", "run", llama, "--benchmark", "easy_vqa", "--out", world / "of-llama"),
+        ("generate", "--model", llama, "--prompt", "x"),
+        ("chat", llama),
+    ):
+        fails(cli(*words), f"{llama} holds a model of kind 'llama', not a Flamingo", "flamingo convert")
+
+
+def test_a_look_at_the_next_image_is_refused_where_there_is_none(world: Path, cli):
+    settings = ("model.architecture.fusion=prefix", "sources.questions.p_next=0.5", f"run={world / 'next'}")
+    done = cli("train", world / "recipe.yaml", *settings, "--processes", "2")
+    fails(done, "source 'questions': p_next=0.5", "fusion='prefix'", "set p_next=0")

@@ -105,6 +105,14 @@ def test_each_picture_is_encoded_once_and_those_kept_are_bounded(folder: Path, u
     assert small.encoded == 3 and len(small._kept) == 1  # the last one was still there
 
 
+def test_a_number_of_processes_beside_a_launcher_is_refused(folder: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job = Job(folder / "model", folder / "prompts.jsonl", tmp_path / "out.jsonl", sampling=SAMPLING)
+    with pytest.raises(ValueError, match="--processes 3, but a launcher started 2"):
+        run_job(job, processes=3)
+
+
 def test_two_processes_answer_as_one(folder: Path, unbroken: bytes, tmp_path: Path):
     process = started(command(folder, tmp_path / "out.jsonl", "--processes", "2"))
     assert process.wait(120) == 0

@@ -10,6 +10,8 @@ from PIL import Image
 from flamingo.eval.asking import Asked, Asker
 from flamingo.serving.batch import Batcher
 from flamingo.serving.chat import Chat
+from flamingo.serving.demo.asking import Asking, Told
+from flamingo.serving.demo.limits import Limits
 from flamingo.serving.engine import Engine
 from flamingo.serving.prompt import Sampling, joined
 from flamingo.serving.requests import Request
@@ -49,6 +51,8 @@ def test_words_look_at_all_pictures_before_them(engine: Engine) -> None:
     for word in words:
         assert word.maps.shape == (2, 2, 2)
         assert word.maps.sum() == pytest.approx(1, abs=1e-4) and (word.maps.sum(dim=(1, 2)) > 0).all()
+    told = Asking(engine, Limits()).look(Told(tuple(words), (RED, BLUE)), 0)
+    assert "Picture 1" in told and "attend_to" not in told and "dimmed:" not in told
 
 
 def test_the_room_counts_every_vector_of_a_picture(engine: Engine) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from flamingo.fusions import positions
 from flamingo.looking import LookingWord
 from flamingo.serving.demo.limits import Limits
 from flamingo.serving.demo.markup import looks_html
@@ -90,7 +91,8 @@ class Asking:
         if not 0 <= number < len(told.words):
             raise ValueError(f"word {number} of {len(told.words)}: ask again, and click one of its words")
         crop = self.engine.processor.image_processor.crop
-        last_only = self.engine.model.config.attend_to == "immediate"
+        config = self.engine.model.config
+        last_only = bool(positions(config)) and config.attend_to == "immediate"
         return looks_html(told.words[number], told.pictures, crop, scale_of(told.words), last_only)
 
 

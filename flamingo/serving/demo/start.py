@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from flamingo.serving.demo.server import Place
 def serve(folder: Path, place: Place, limits: Limits, queue: int, say: Callable[[str], None]) -> None:
     """Until it is interrupted. Raises ValueError for a folder without a model of ours, a place that
     cannot be had, or without Gradio."""
-    check_ours(folder)
+    check_model(folder)
     if find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install 'flamingo-vlm[demo]'")
     place.check()
@@ -35,17 +34,3 @@ def serve(folder: Path, place: Place, limits: Limits, queue: int, say: Callable[
         url = page.launch(built, place, limits, wait=False)
         say(f"the page is at {url} (Ctrl+C ends it)")
         built.block_thread()
-
-
-def check_ours(folder: Path) -> None:
-    """Raises ValueError for a folder that holds no model, or another kind of model."""
-    check_model(folder)
-    try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}/config.json is no model's: name a folder that flamingo made") from None
-    if kind != "flamingo":
-        raise ValueError(
-            f"{folder} holds a model of kind {kind!r}, not a Flamingo: name a folder that training, "
-            "`flamingo create` or `flamingo convert` made"
-        )
