@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 import struct
 import subprocess
@@ -279,3 +280,17 @@ def test_what_the_page_does_not_need_is_closed() -> None:
         assert closed(path)
     for path in ("/", "/gradio_api/queue/join", "/gradio_api/upload", "/assets/info.js", "/config"):
         assert not closed(path)
+
+
+def test_the_benchmark_times_the_first_token_of_every_question(folder: Path, monkeypatch, capsys) -> None:
+    from benchmarks import demo
+
+    monkeypatch.setattr("sys.argv", ["demo", str(folder), "--questions", "2", "--examples", "0", "1"])
+    demo.main()
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["examples"], row["questions"]) for row in told] == [(0, 2), (1, 2)]
+    for row in told:
+        assert (
+            0 < row["first_token"] <= row["slowest"]
+            and row["first_token"] <= row["whole_answer_with_its_looks"]
+        )
