@@ -70,6 +70,8 @@ def embed(
     Raises ValueError for what cannot be read, and for an index of other things that is there, but with
     `rebuild`.
     """
+    if as_texts and (kind != "pairs" or options):
+        raise ValueError("--kind and --options say how pictures lie in shards: leave them out beside --texts")
     here = place(out)
     there = here.held(Catalogue)  # first: a Milvus that is down costs no encoder
     if npz is not None:

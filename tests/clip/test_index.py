@@ -246,6 +246,7 @@ def test_sources_without_pictures_are_refused(encoder, tmp_path):
     fails(run("embed", tmp_path / "empty", "--texts", *common), "empty cannot be read")
     (tmp_path / "blank.txt").write_text(" \n\n")
     fails(run("embed", tmp_path / "blank.txt", "--texts", *common), "no line of text")
+    fails(run("embed", tmp_path / "blank.txt", "--texts", "--kind", "obelics", *common), "leave them out")
     (tmp_path / "picture.txt").write_bytes(example_png())
     fails(run("embed", tmp_path / "picture.txt", "--texts", *common), "not a text file in UTF-8")
 
