@@ -174,10 +174,13 @@ def evaluate(way: Way, questions: int | None) -> None:
     asked += ["--limit", str(questions)] if questions else []
     mark = way.run / "asked.json"
     wanted = {"asked": asked, "fingerprint": fingerprint(way.model)}
-    if (way.run / "eval.json").is_file() and _read(mark) == wanted:
-        return
-    flamingo("eval", "run", str(way.model), "--out", str(way.run), *asked)
-    mark.write_text(json.dumps(wanted) + "\n")
+    done = way.run / "eval.json"
+    if fresh := _read(mark) != wanted:  # what was asked before, if anything, was something else
+        done.unlink(missing_ok=True)
+        _write(mark, wanted)
+    if not done.is_file():
+        again = ["--overwrite"] if fresh else []
+        flamingo("eval", "run", str(way.model), "--out", str(way.run), *again, *asked)
 
 
 def timed(found: list[Way], options: argparse.Namespace) -> dict[str, Any]:

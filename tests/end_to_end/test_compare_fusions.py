@@ -107,6 +107,22 @@ def test_what_is_done_is_not_done_again(page: Path, words: list[str], calls: lis
     assert len(calls) == before and json.loads((page.parent / "times.json").read_text())["times"]
 
 
+def test_other_questions_are_asked_anew_and_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch):
+    way, asked = compare.Way("any", tmp_path), []
+    way.model.mkdir()
+    (way.model / "config.json").write_text("{}")
+
+    def run(*words: str) -> None:
+        asked.append("--overwrite" in words)
+        if len(asked) != 2:  # the second is interrupted
+            (tmp_path / "eval.json").write_text("{}")
+
+    monkeypatch.setattr(compare, "flamingo", run)
+    for questions in (3, 3, 4, 4, 4):
+        compare.evaluate(way, questions)
+    assert asked == [True, True, False]
+
+
 @pytest.mark.slow
 def test_runs_of_other_settings_are_refused_before_anything_is_trained(
     page: Path, words: list[str], calls: list[str]
