@@ -35,10 +35,9 @@ quickstart: $(STAMP)
 compare: $(STAMP)
 	@$(BIN)/python -m benchmarks.compare $(if $(STEPS),--steps $(STEPS))
 
-# Two files of tests at a time, each process on one thread: two with two threads would wait for each other by spinning.
 test: $(STAMP)
-	@echo "Running the tests, two files at a time: about 10 minutes on two cores."
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	@echo "Running the tests: about 10 minutes on two cores."
+	@$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(STAMP)
 	@echo "Running all tests, the long ones too."
