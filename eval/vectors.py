@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from flamingo.data.writing import write_aside
+from flamingo.data.writing import write_aside, write_text
 from flamingo.eval.embedding import Encoder, Item, Part
 from flamingo.runtime import cores
 
@@ -69,7 +69,7 @@ def picture_keys(
             if time.time() - changed / 1e9 > SETTLED:
                 known[str(picture.absolute())] = (size, changed, key)
         if new:
-            write_aside(memo, lambda place: place.write_text(json.dumps(known)))
+            write_text(memo, json.dumps(known))
     return found
 
 

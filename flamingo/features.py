@@ -28,7 +28,7 @@ from flamingo.data.shards import ShardSet
 from flamingo.data.tools.executors import Executor, Outcome, Task
 from flamingo.data.tools.outputs import claim, finish, finished
 from flamingo.data.transforms import ImageTransform, decoding_for
-from flamingo.data.writing import write_aside, write_tar
+from flamingo.data.writing import write_tar, write_text
 from flamingo.folders import load_encoder
 from flamingo.processing import FlamingoProcessor
 
@@ -99,7 +99,7 @@ def write_features(
     ]
     outcome = _with_gpus(executor or Executor()).run(tasks, "encoding", gpus=1)
     if finish(out, names, told):
-        write_aside(out / CARD, lambda path: path.write_text(json.dumps(told, indent=1) + "\n"))
+        write_text(out / CARD, json.dumps(told, indent=1) + "\n")
     return outcome
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from flamingo.data.errors import Skipped
-from flamingo.data.writing import write_aside
+from flamingo.data.writing import write_text
 from flamingo.train.engine import gather_objects
 
 SHOWN = 8  # bad samples that the last message lists
@@ -47,7 +47,7 @@ class Faults:
         if not self.path.exists():
             return []
         lines = [line for line in self.path.read_text().splitlines() if _step(line, start) <= start]
-        write_aside(self.path, lambda part: part.write_text("".join(f"{line}\n" for line in lines)))
+        write_text(self.path, "".join(f"{line}\n" for line in lines))
         return [json.loads(line)["key"] for line in lines]
 
 

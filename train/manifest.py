@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flamingo.data.stream import Stream
-from flamingo.data.writing import write_aside
+from flamingo.data.writing import write_text
 
 FILE = "shards.json"
 NAMED = 5  # shards that a message names
@@ -43,7 +43,7 @@ def check(run: Path, now: Manifest, accept: bool) -> None:
             "back, or go on with other samples in another order: --accept-changed-shards"
         )
     if changes or not held.exists():
-        write_aside(held, lambda part: part.write_text(json.dumps(now, indent=1) + "\n"))
+        write_text(held, json.dumps(now, indent=1) + "\n")
 
 
 def _changes(before: Manifest, now: Manifest) -> list[str]:

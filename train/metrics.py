@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flamingo.data.writing import write_aside
+from flamingo.data.writing import write_text
 from flamingo.train.live import view
 from flamingo.train.trackers import Trackers
 
@@ -73,7 +73,7 @@ class Metrics:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if (_step(line) or start + 1) <= start]
         # A run that is killed here must not lose its past.
-        write_aside(path, lambda part: part.write_text("".join(f"{line}\n" for line in kept)))
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self.file = path.open("a", buffering=1)
         said: list[str] = []
         self.trackers = Trackers(trackers, run, start, settings or {}, said.append)

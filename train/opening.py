@@ -12,7 +12,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from flamingo.data.writing import write_aside
+from flamingo.data.writing import write_text
 from flamingo.runtime import short_attention, tune_cpu
 from flamingo.train import checkpoint, engine, group, trackers
 from flamingo.train.checkpoint import Saved
@@ -86,7 +86,7 @@ def begin(recipe: RunConfig) -> None:
     if not held.exists():
         recipe.run.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        write_aside(held, lambda part: part.write_text(text))
+        write_text(held, text)
 
 
 def check_folder(recipe: RunConfig, resume: bool) -> None:

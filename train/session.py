@@ -19,7 +19,7 @@ from flamingo.config import FlamingoConfig
 from flamingo.data.features import FeatureShards
 from flamingo.data.kinds import longest_clip
 from flamingo.data.steps import StepDataset, open_feeds
-from flamingo.data.writing import write_aside
+from flamingo.data.writing import write_text
 from flamingo.features import fingerprint
 from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -255,4 +255,4 @@ def _summary(recipe: Recipe, counts: dict[bool, int], world: int, start: int, se
         "trained_parameters": counts[True],
         "frozen_parameters": counts[False],
     }
-    write_aside(recipe.run / "train.json", lambda part: part.write_text(json.dumps(summary, indent=1) + "\n"))
+    write_text(recipe.run / "train.json", json.dumps(summary, indent=1) + "\n")

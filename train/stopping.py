@@ -19,6 +19,8 @@ from types import FrameType, TracebackType
 
 import torch
 
+from flamingo.data.writing import write_text
+
 STATUS = 75
 ASK, ANSWER = "stop", "stopped.json"  # in the run's folder
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -91,9 +93,7 @@ class Stopping:
 
 def answer(run: Path, step: int, reason: str) -> None:
     """By rank 0, when the checkpoint is complete: RUN/stopped.json, for whoever starts it again."""
-    part = run / f".{ANSWER}.part"
-    part.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
-    part.replace(run / ANSWER)
+    write_text(run / ANSWER, json.dumps({"step": step, "reason": reason}) + "\n")
     (run / ASK).unlink(missing_ok=True)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from flamingo.data.writing import write_text
+
 IDS = "trackers.json"  # in the run's folder: what the services call this run
 
 
@@ -180,9 +182,7 @@ def kept_id(run: Path, name: str, make: Callable[[], str]) -> str:
         held = {}
     if not isinstance(held.get(name), str):
         held[name] = make()
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(held, indent=1) + "\n")
-        part.replace(path)
+        write_text(path, json.dumps(held, indent=1) + "\n")
     return held[name]
 
 

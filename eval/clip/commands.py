@@ -204,7 +204,7 @@ def score(
     with plain_errors():
         import json
 
-        from flamingo.data.writing import write_aside
+        from flamingo.data.writing import write_text
         from flamingo.eval.clip.scores import score as run
         from flamingo.eval.metrics._clip import encoder as loaded
 
@@ -223,7 +223,7 @@ def score(
                 typer.echo(f"{scored.empty:,} of these captions are empty, and scored as they are", err=True)
         if each is not None:
             text = "".join(f"{line}\n" for line in lines)
-            write_aside(each, lambda place: place.write_text(text, encoding="utf-8"))
+            write_text(each, text)
 
 
 def _begin() -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import pydantic
 
-from flamingo.data.writing import write_aside
+from flamingo.data.writing import write_text
 from flamingo.eval.retrieval import milvus
 from flamingo.eval.retrieval.contents import Contents, Held, Manifest, read_manifest
 from flamingo.eval.retrieval.search import Backend, Faiss
@@ -103,9 +103,9 @@ class Folder(Place):
     ) -> None:
         name, listed = (ROWS, "\n".join(about)) if ids is None else (IDS, json.dumps(list(ids)))
         (self.kept / MANIFEST).unlink(missing_ok=True)  # first: the list and the manifest belong together
-        write_aside(self.kept / name, lambda place: place.write_text(listed))
+        write_text(self.kept / name, listed)
         said = manifest.model_dump_json(indent=1) + "\n"
-        write_aside(self.kept / MANIFEST, lambda place: place.write_text(said))
+        write_text(self.kept / MANIFEST, said)
 
     def about(self, address: str) -> list[str]:
         file = self.kept / ROWS

@@ -138,6 +138,11 @@ def write_aside(path: Path, fill: Callable[[Path], V]) -> V:
     return told
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file that is complete or absent, see `write_aside`."""
+    write_aside(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def _remove_unless_locked(path: Path) -> None:
     with suppress(OSError), open(path, "rb+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from flamingo.serving.styles import STYLES, Message, written
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopq"]
 WIDTH, LAYERS, TABLE = 32, 4, 24  # the LM's table is padded, as tables often are
@@ -48,6 +52,23 @@ def word_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 @pytest.fixture(scope="session")
 def shake() -> Callable[..., None]:
     return randomise
+
+
+@pytest.fixture(scope="session")
+def turns_end_with() -> Callable[[str, Any], None]:
+    """check(token, processor): each answer of a prompt, however it is written, ends with this token once."""
+
+    def check(token: str, processor: Any) -> None:
+        told = [Message("user", "<image> a b"), Message("assistant", " c"), Message("user", "<image> d")]
+        picture, end = Image.new("RGB", (16, 16)), processor.end_of_chunk_token_id
+        for style in STYLES:
+            text = written(told, style, processor)
+            (ids,) = processor.token_ids([text])
+            assert ids.count(end) == 1
+            assert processor(text=text, images=[picture] * 2)["input_ids"].tolist() == [ids]
+        assert processor.marked("a<|endofchunk|>") == f"a{token}"
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from flamingo.checkpoints.idefics import convert
 from flamingo.cli import app
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
-from flamingo.serving.styles import Message, written
 
 WORDS, FAKE, IMAGE, END = 20, 20, 21, 22
 ADDED = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
@@ -194,15 +193,6 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(what, said, original,
     assert len(lines) == 1 and said in lines[0], result.output
 
 
-def test_turns_of_a_prompt_end_with_the_token_that_the_model_learned(original, tmp_path):
+def test_turns_of_a_prompt_end_with_the_token_that_the_model_learned(original, turns_end_with, tmp_path):
     convert(original("instruct"), tmp_path / "model")
-    processor: Any = FlamingoProcessor.from_pretrained(tmp_path / "model")
-    told = [Message("user", "<image> a b"), Message("assistant", " c"), Message("user", "<image> d")]
-    picture, end = Image.new("RGB", (16, 16)), processor.end_of_chunk_token_id
-    for style in ("few-shot", "plain", "template"):
-        text = written(told, style, processor)
-        (ids,) = processor.token_ids([text])
-        assert ids.count(end) == 1 and processor(text=text, images=[picture] * 2)["input_ids"].tolist() == [
-            ids
-        ]
-    assert processor.marked("a<|endofchunk|>") == "a<end_of_utterance>"
+    turns_end_with("<end_of_utterance>", FlamingoProcessor.from_pretrained(tmp_path / "model"))

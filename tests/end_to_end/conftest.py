@@ -13,7 +13,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from flamingo.data.easy_vqa import load_split, write_shards
 from tests import warm
@@ -62,6 +68,23 @@ def vision_folder(out: Path) -> Path:
     save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors")
     (out / "config.json").write_text('{"architecture": "test_efficientnet"}')
     return out
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower that transformers itself loads, with random weights and 16 places a picture."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

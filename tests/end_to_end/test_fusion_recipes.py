@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from flamingo.serving.engine import Engine
 from flamingo.serving.prompt import joined
@@ -100,19 +99,12 @@ def test_it_is_exported_evaluated_reported_and_asked(basic: Path, tmp_path: Path
     assert said == Engine(tmp_path / "model").answer(joined([blue, question])).text.strip()
 
 
-def tiny_clip(out: Path) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=56, patch_size=14)).save_pretrained(out)
-    return out
-
-
 def test_the_second_stage_begins_where_the_first_ended_and_trains_the_language_model(
-    world: Path, tmp_path: Path, cli
+    world: Path, clip: Path, tmp_path: Path, cli
 ):
     """16 places a picture, one layer before the last, both of LLaVA's stages."""
     common = [
-        f"model.vision=transformers:{tiny_clip(tmp_path / 'clip')}", f"model.language={world / 'language'}",
+        f"model.vision=transformers:{clip}", f"model.language={world / 'language'}",
         "steps=2", "optimizer.warmup_steps=0", "pack_tokens=256", "workers=0", "autocast=float32",
         "model.frozen_dtype=float32", "checkpoint_every=0", "blank_every=0",
     ]  # fmt: skip

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from flamingo.train.checkpoint import Saved
 
@@ -18,24 +17,6 @@ COMMON = ("blank_every=0", "checkpoint_every=0", "feature_cache_gb=0", "autocast
 
 def losses(run: Path) -> list[dict[str, float]]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision tower that transformers itself loads, with random weights."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    CLIPVisionModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size=32, crop_size=32).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("vision", ["timm", "transformers"])

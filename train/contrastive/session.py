@@ -8,6 +8,7 @@ import time
 import torch
 
 from flamingo.data.stream import Stream
+from flamingo.data.writing import write_text
 from flamingo.train import engine, manifest
 from flamingo.train.checkpoint import Checkpoints
 from flamingo.train.contrastive.config import ContrastiveRecipe
@@ -122,7 +123,7 @@ def _finish(
         "frozen_parameters": sum(p.numel() for p in encoder.model.parameters()) - trained,
         "held_out": trainer.scores,
     }
-    (recipe.run / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(recipe.run / "train.json", json.dumps(summary, indent=1) + "\n")
     print(
         f"{folder}: open_clip loads it as local-dir:{folder}, a recipe takes it as open_clip:{folder}",
         flush=True,
