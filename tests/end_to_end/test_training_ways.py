@@ -26,11 +26,20 @@ def test_adapters_under_zero_3_are_trained_and_merged_into_the_export(
     run = tmp_path / "run"
     settings = (*COMMON, "model.frozen_dtype=float32", "zero_stage=3", "lora={rank: 2}", "steps=2")
     if vision == "transformers":
-        settings += (f"model.vision=transformers:{clip}",)
+        settings += (f"model.vision=transformers:{clip}", "export=false", "optimizer.lr_factors={lora: 2}")
     done = cli("train", world / "recipe.yaml", f"run={run}", *settings, "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     names = Saved(run / "checkpoints" / "step-000002").names
     assert any("lora_B" in name for name in names)
+    assert (run / "model").exists() == (vision == "timm")  # export=false leaves it out
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    wanted = {"lora": 2 * last["lr"], "resampler": last["lr"]} if vision == "transformers" else None
+    assert wanted is None or wanted.items() <= last["lrs"].items()
+    folder = {"timm": world / "vision", "transformers": clip}[vision]
+    encoder = sum(value.numel() for value in load_file(folder / "model.safetensors").values())
+    lm = sum(value.numel() for value in load_file(world / "language" / "model.safetensors").values())
+    frozen = json.loads((run / "train.json").read_text())["frozen_parameters"]
+    assert 0.5 * encoder < frozen - lm < 1.5 * encoder  # every rank has it whole, and it counts
     done = cli("export", run, tmp_path / "model")
     assert done.returncode == 0 and "after step 2" in done.stdout, done.stderr
     exported, lm = (load_file(p / "model.safetensors") for p in (tmp_path / "model", world / "language"))

@@ -6,10 +6,12 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from flamingo.train.engine import Engine, gathered, partitioned
+from flamingo.train import checkpoint
+from flamingo.train.engine import Engine, gather_objects, gathered, partitioned
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.parts import add_adapters, compile_parts
 from tests.train.steps import engine_of, micro_batches, recipe, sum_over_ranks, take_step, weights
@@ -154,10 +156,6 @@ def _anonymous() -> int:
 
 def writes_that_fail(folder: str) -> list[tuple[str, str, str]]:
     """(what failed, the message, the checkpoint that is then found) for every write of a checkpoint."""
-    from unittest import mock
-
-    from flamingo.train import checkpoint
-
     given = recipe(zero_stage=1)
     engine = engine_of(given)
     found = []
@@ -198,9 +196,6 @@ FAILURES = [
 def written_beside_training(folder: str) -> tuple[list[str], list[str], list[str]]:
     """Checkpoints that are there: right after a background `save`, once it was polled, and after a
     run that keeps one and had gone back behind a damaged one."""
-    from flamingo.train import checkpoint
-    from flamingo.train.engine import gather_objects
-
     place, given = Path(folder), recipe(zero_stage=1)
     engine = engine_of(given)
 
@@ -212,8 +207,6 @@ def written_beside_training(folder: str) -> tuple[list[str], list[str], list[str
     def slowly(*args: Any) -> None:
         writing.wait()
         write(*args)
-
-    from unittest import mock
 
     checkpoints = checkpoint.Checkpoints(place, given.identity(), keep=1, background=True)
     with mock.patch("flamingo.train.checkpoint._write", slowly):
