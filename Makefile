@@ -35,9 +35,11 @@ quickstart: $(STAMP)
 compare: $(STAMP)
 	@$(BIN)/python -m benchmarks.compare $(if $(STEPS),--steps $(STEPS))
 
+# Two files at a time, one thread each: most tests have no use for a second core. Tests of a file stay
+# together, since they share what its fixtures made.
 test: $(STAMP)
-	@echo "Running the tests: about 10 minutes on two cores."
-	@$(BIN)/python -m pytest -m "not slow"
+	@echo "Running the tests: about 15 minutes on two cores."
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP)
 	@echo "Running all tests, the long ones too."
