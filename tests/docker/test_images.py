@@ -6,14 +6,19 @@ import fnmatch
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.eval.harness_model import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -165,12 +170,18 @@ def test_both_images_have_the_same_torch():
     assert not any(name.startswith("nvidia") for name in locked("cpu.txt"))
 
 
+def blocks(name: str) -> dict[str, str]:
+    """The lines of each package of a locked set, with its hashes."""
+    text = (DOCKER / "locks" / f"{name}.txt").read_text()
+    found = re.split(r"(?m)^(?=[A-Za-z0-9])", text)
+    return {block.partition("==")[0]: block for block in found if "==" in block.partition("\n")[0]}
+
+
 @pytest.mark.parametrize("name", ["cuda", "deepspeed", "cpu", "build", "torch-cpu"])
 def test_every_locked_package_has_its_hashes(name):
-    text = (DOCKER / "locks" / f"{name}.txt").read_text()
-    packages = re.split(r"(?m)^(?=[A-Za-z0-9])", text)
-    packages = [block for block in packages if "==" in block.partition("\n")[0]]
+    packages = blocks(name).values()
     assert packages and all("--hash=sha256:" in block for block in packages)
+    text = (DOCKER / "locks" / f"{name}.txt").read_text()
     assert set(re.findall(r"https?://([^/\s]+)", text)) <= {"download.pytorch.org"}
 
 
@@ -186,29 +197,88 @@ def test_the_hashes_are_those_of_the_package_index(name):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.slow  # a virtual environment of its own
-def test_the_wheel_runs_as_the_entrypoint_does(tmp_path):
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Iterator[Path]:
+    """A virtual environment with what the CPU image has and nothing else: 5 GB, gone afterwards.
+
+    torch is PyPI's, as in the CUDA set: the image's own index may be out of reach.
+    """
+    folder = tmp_path_factory.mktemp("image")
+    source = folder / "source"
+    source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        source.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, source)
     for name in ("flamingo", "train", "eval"):  # links stay links, as COPY leaves them
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    words = ["-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(source)]
+    words = ["-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(source)]
     subprocess.run([sys.executable, *words], check=True, capture_output=True)
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", venv], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([venv / "bin/python", "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
-    packages = Path(next(p for p in sys.path if p.endswith("site-packages")))
-    environment = {**os.environ, "PYTHONPATH": str(packages)}
-    done = subprocess.run(
-        [venv / "bin/flamingo", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "train" in done.stdout, done.stderr
-    where = "import flamingo.cli, flamingo.train, flamingo.eval; print(flamingo.cli.__file__)"
-    done = subprocess.run(
-        [venv / "bin/python", "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.startswith(str(venv)), done.stdout + done.stderr
+    locks = folder / "locked.txt"
+    from_cuda = [text for name, text in blocks("cuda").items() if re.match("torch|nvidia|cuda|triton", name)]
+    locks.write_text("".join([*blocks("cpu").values(), *from_cuda]))
+    # The sets are locked for the images' Python; another one is asked where that is not here.
+    python = next(filter(runs, ["python3.12", sys.executable]))
+    subprocess.run([python, "-m", "venv", folder / "venv"], check=True, env=without_ours())
+    pip = [folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "--no-deps"]
+    for given in (["--require-hashes", "--requirement", locks], list(folder.glob("*.whl"))):
+        done = subprocess.run([*pip, *given], capture_output=True, text=True, env=without_ours())
+        assert done.returncode == 0, done.stderr[-2000:]
+    yield folder / "venv"
+    shutil.rmtree(folder)
+
+
+def runs(python: str) -> bool:
+    try:
+        return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def without_ours() -> dict[str, str]:
+    """The environment, but for what would let the packages of the tests in."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
+
+
+@pytest.mark.slow  # it installs 5 GB
+def test_the_locked_set_is_whole_and_runs_the_entrypoint(image, tmp_path):
+    def says(*words: str) -> str:
+        done = subprocess.run(
+            [image / "bin" / words[0], *words[1:]],
+            cwd=tmp_path,
+            env=without_ours(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "No broken requirements" in says("python", "-m", "pip", "check")
+    assert "demo" in says("flamingo", "--help")
+    assert says("python", "-c", "import flamingo.cli; print(flamingo.cli.__file__)").startswith(str(image))
+    assert "not here" in says("python", "-c", "try:\n import pytest\nexcept ImportError:\n print('not here')")
+
+
+@pytest.mark.slow  # it installs 5 GB
+def test_its_demo_is_well_and_once_ended_ill(image, tmp_path):
+    write_model(tmp_path / "model")
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        port = str(tried.getsockname()[1])
+    page = {"FLAMINGO_HEALTH_URL": f"http://127.0.0.1:{port}/"}
+    check = [image / "bin/python", DOCKER / "healthcheck.py"]
+
+    def well() -> bool:
+        return subprocess.run(check, env={**without_ours(), **page}, capture_output=True).returncode == 0
+
+    words = [image / "bin/flamingo", "demo", tmp_path / "model", "--port", port]
+    with (tmp_path / "said").open("w") as said:
+        demo = subprocess.Popen(words, cwd=tmp_path, env=without_ours(), stdout=said, stderr=said)
+    try:
+        until = time.monotonic() + 120
+        while not well():
+            assert demo.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()
+            time.sleep(1)
+    finally:
+        demo.terminate()
+        demo.wait(30)
+    assert not well()

@@ -12,7 +12,7 @@ import torch
 from tests.train.ranks import in_ranks, start
 from tests.train.steps import to_the_end
 
-EVERY, STEPS_A_LIFE = 2, 30  # more than ranks reach before they are killed
+EVERY, STEPS_A_LIFE = 2, 10  # more than ranks reach before they are killed
 
 
 def killed(folder: Path, out: Path, steps: int, chance: random.Random, in_a_write: bool) -> bool:
