@@ -22,6 +22,7 @@ from flamingo.data.transforms import ImageTransform, decode_image
 END_OF_CHUNK, IMAGE = ADDED_TOKENS
 LARGEST = 100 << 20  # bytes of a picture that is fetched
 SECONDS = 60.0  # without a byte of it
+AROUND_IMAGE = "<fake_token_around_image>"  # Idefics learned pictures between two of them
 
 
 class FlamingoImageProcessor(BaseImageProcessor):
@@ -105,7 +106,7 @@ class FlamingoProcessor(ProcessorMixin):
 
     Text holds one `<image>` per picture; `images` is the flat list of all pictures of all
     rows, in reading order. Rows are padded on the left, as generation needs it. `<|endofchunk|>` in a
-    text stands for `end_of_chunk_token`, whatever that is.
+    text stands for `end_of_chunk_token`, whatever that is, and `<image>` for what `marked` makes of it.
 
     chat_template: how `apply_chat_template` writes a chat. None: the LM's own, with `<image>` where a
     picture stands; where it has none, few-shot style (`chat.DEFAULT_TEMPLATE`).
@@ -124,6 +125,7 @@ class FlamingoProcessor(ProcessorMixin):
         self.image_token, self.image_token_id = IMAGE, tokenizer.convert_tokens_to_ids(IMAGE)
         self.end_of_chunk_token = end_of_chunk_token
         self.end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(end_of_chunk_token)
+        self.around_image_token = AROUND_IMAGE if AROUND_IMAGE in tokenizer.get_vocab() else None
 
     def __call__(self, images=None, text=None, padding_side="left", **kwargs) -> BatchFeature:  # type: ignore[override]
         """text: a string or a list of B; images: None, one picture, a flat list of N, or a list of
@@ -156,10 +158,14 @@ class FlamingoProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def marked(self, text: str) -> str:
-        """The text with this tokenizer's own end of a chunk where `<|endofchunk|>` stands: prompts are
-        written with that, and models that were converted have another token for it."""
-        own = self.end_of_chunk_token
-        return text if own == END_OF_CHUNK else text.replace(END_OF_CHUNK, own)
+        """The text as the model learned to read it. Prompts are written with `<|endofchunk|>` and a bare
+        `<image>`; converted models have another token for the former, and Idefics one more on both sides
+        of a picture, once between neighbours. A text that has it already is left alone in that."""
+        around = self.around_image_token
+        if around and around not in text:
+            text = text.replace(IMAGE, around + IMAGE + around)
+        text = text.replace(END_OF_CHUNK, self.end_of_chunk_token)
+        return text.replace(around * 2, around) if around else text
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of prompts as `__call__` gives them, without padding; an image is one."""

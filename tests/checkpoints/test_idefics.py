@@ -134,6 +134,21 @@ def test_the_folder_holds_config_and_processor(original, tmp_path):
     torch.testing.assert_close(inputs["pixel_values"], wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["instruct", "float"])
+def test_pictures_of_a_prompt_stand_between_the_tokens_that_the_model_learned(kind, original, tmp_path):
+    """As its own processor writes them: one between neighbours, and where it also ends a turn."""
+    convert(original(kind), tmp_path / "model")
+    processor: Any = FlamingoProcessor.from_pretrained(tmp_path / "model")
+    end = {"instruct": [END, FAKE], "float": [FAKE]}[kind]
+    prompt = "<image><image> a<|endofchunk|><image> b"
+    (ids,) = processor.token_ids([prompt])
+    assert ids == [FAKE, IMAGE, FAKE, IMAGE, FAKE, 3, *end, IMAGE, FAKE, 4]
+    own = "<fake_token_around_image><image><fake_token_around_image> a"
+    assert processor.marked(own) == own == processor.marked("<image> a")
+    picture = Image.new("RGB", (8, 8))
+    assert processor(text=prompt, images=[picture] * 3)["input_ids"].tolist() == [ids]
+
+
 def change(folder: Path, **fields) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
