@@ -107,6 +107,8 @@ class FlamingoProcessor(ProcessorMixin):
     Text holds one `<image>` per picture; `images` is the flat list of all pictures of all
     rows, in reading order. Rows are padded on the left, as generation needs it. `<|endofchunk|>` in a
     text stands for `end_of_chunk_token`, whatever that is, and `<image>` for what `marked` makes of it.
+    Each text begins with `begin_token` or, with `add_special_tokens`, with what the tokenizer puts there by
+    itself; that is not the same, since some put a space before the first word of a text alone.
 
     chat_template: how `apply_chat_template` writes a chat. None: the LM's own, with `<image>` where a
     picture stands; where it has none, few-shot style (`chat.DEFAULT_TEMPLATE`).
@@ -118,6 +120,8 @@ class FlamingoProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template=None,
         end_of_chunk_token: str = END_OF_CHUNK,
+        begin_token: str = "",
+        add_special_tokens: bool = False,
         **kwargs,
     ):
         chat_template = chat_template or tokenizer.chat_template or chat.DEFAULT_TEMPLATE
@@ -125,6 +129,7 @@ class FlamingoProcessor(ProcessorMixin):
         self.image_token, self.image_token_id = IMAGE, tokenizer.convert_tokens_to_ids(IMAGE)
         self.end_of_chunk_token = end_of_chunk_token
         self.end_of_chunk_token_id = tokenizer.convert_tokens_to_ids(end_of_chunk_token)
+        self.begin_token, self.add_special_tokens = begin_token, add_special_tokens
         self.around_image_token = AROUND_IMAGE if AROUND_IMAGE in tokenizer.get_vocab() else None
 
     def __call__(self, images=None, text=None, padding_side="left", **kwargs) -> BatchFeature:  # type: ignore[override]
@@ -145,7 +150,12 @@ class FlamingoProcessor(ProcessorMixin):
         kwargs.pop("return_text_replacement_offsets", None)  # no text is replaced
         texts = [self.marked(each) for each in ([text] if isinstance(text, str) else text)]
         pictures = _match(texts, images)
-        options = {"add_special_tokens": False, "padding": True, **kwargs.pop("text_kwargs", {}), **kwargs}
+        options = {
+            "add_special_tokens": self.add_special_tokens,
+            "padding": True,
+            **kwargs.pop("text_kwargs", {}),
+            **kwargs,
+        }
         encoded = self.tokenizer(texts, padding_side=padding_side, return_tensors="pt", **options)  # type: ignore[operator]
         data = {name: encoded[name] for name in encoded if name != "token_type_ids"}
         kept = int((data["input_ids"] == self.image_token_id).sum())
@@ -159,18 +169,22 @@ class FlamingoProcessor(ProcessorMixin):
 
     def marked(self, text: str) -> str:
         """The text as the model learned to read it. Prompts are written with `<|endofchunk|>` and a bare
-        `<image>`; converted models have another token for the former, and Idefics one more on both sides
-        of a picture, once between neighbours. A text that has it already is left alone in that."""
+        `<image>`; converted models have another token for the former, most begin with one, and Idefics has
+        one on both sides of a picture, once between neighbours. What a text has already is left alone."""
         around = self.around_image_token
         if around and around not in text:
             text = text.replace(IMAGE, around + IMAGE + around)
         text = text.replace(END_OF_CHUNK, self.end_of_chunk_token)
-        return text.replace(around * 2, around) if around else text
+        if around:
+            text = text.replace(around * 2, around)
+        if self.add_special_tokens:
+            return text.removeprefix(self.tokenizer.bos_token or "")  # type: ignore[attr-defined]
+        return text if text.startswith(self.begin_token) else self.begin_token + text
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of prompts as `__call__` gives them, without padding; an image is one."""
         marked = [self.marked(text) for text in texts]
-        return self.tokenizer(marked, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        return self.tokenizer(marked, add_special_tokens=self.add_special_tokens)["input_ids"]  # type: ignore[operator]
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):  # type: ignore[override]
         """As in transformers: a chat (or a list of chats) whose turns hold text and images.

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from flamingo import vision as vision_sources
 from flamingo.checkpoints.tensors import (
     Tensors,
+    begins,
     check_free,
     check_same,
     first_line,
@@ -105,7 +106,10 @@ def convert(folder: Path, out: Path) -> list[str]:
     vision: Any = config.vision_config
     # Idefics ignores the aspect ratio of pictures.
     images = FlamingoImageProcessor(vision.image_size, vision.mean, vision.std, crop="squash")
-    save(model, FlamingoProcessor(images, tokenizer, end_of_chunk_token=end), out)
+    # As text, as its own processor writes it.
+    first = tokenizer.bos_token if begins(tokenizer) else ""
+    processor = FlamingoProcessor(images, tokenizer, end_of_chunk_token=end, begin_token=first)
+    save(model, processor, out)
     return [f"{end} stands for <|endofchunk|>: an answer ends there or at {tokenizer.eos_token}"]
 
 

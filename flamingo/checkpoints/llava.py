@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
 from flamingo import vision as vision_sources
-from flamingo.checkpoints.tensors import check_free, check_same, first_line, save
+from flamingo.checkpoints.tensors import begins, check_free, check_same, first_line, save
 from flamingo.config import FlamingoConfig
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import IMAGE, FlamingoImageProcessor, FlamingoProcessor
@@ -49,7 +49,9 @@ def convert(folder: Path, out: Path) -> list[str]:
     vision: Any = config.vision_config
     images = FlamingoImageProcessor(vision.image_size, vision.mean, vision.std)
     end = tokenizer.eos_token
-    save(ours, FlamingoProcessor(images, tokenizer, end_of_chunk_token=end), out)
+    options = {"end_of_chunk_token": end, "add_special_tokens": begins(tokenizer)}
+    processor = FlamingoProcessor(images, tokenizer, **options)
+    save(ours, processor, out)
     return [f"{end} stands for <|endofchunk|>: an answer ends there"]
 
 

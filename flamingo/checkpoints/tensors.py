@@ -105,6 +105,11 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out} exists: name a new folder, nothing is overwritten")
 
 
+def begins(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a token before each text by itself, and nothing behind it."""
+    return tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+
+
 def save(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, out: Path) -> None:
     """A folder for `from_pretrained`; complete or absent."""
     part = out.with_name(f"{out.name}.part")

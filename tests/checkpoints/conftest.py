@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flamingo.serving.styles import STYLES, Message, written
 
@@ -67,6 +68,35 @@ def turns_end_with() -> Callable[[str, Any], None]:
             assert ids.count(end) == 1
             assert processor(text=text, images=[picture] * 2)["input_ids"].tolist() == [ids]
         assert processor.marked("a<|endofchunk|>") == f"a{token}"
+
+    return check
+
+
+@pytest.fixture
+def beginning(tmp_path) -> Callable[[Path], Path]:
+    """A copy of a folder whose tokenizer puts <s> before each text by itself, as LLaMA's do."""
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(folder, tmp_path / "beginning")
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+        tokenizer.save_pretrained(tmp_path / "beginning")
+        return tmp_path / "beginning"
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def begin() -> Callable[[Any, int], None]:
+    """check(processor, first): every text begins with this token, once."""
+
+    def check(processor: Any, first: int) -> None:
+        bare, written = processor.token_ids(["<image> a", "<s> <image> a"])
+        assert bare == written and bare.count(first) == 1 and bare[0] == first
+        picture = Image.new("RGB", (16, 16))
+        assert processor(text="<image> a", images=picture)["input_ids"].tolist() == [bare]
 
     return check
 

@@ -211,3 +211,8 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(what, said, original,
 def test_turns_of_a_prompt_end_with_the_token_that_the_model_learned(original, turns_end_with, tmp_path):
     convert(original("instruct"), tmp_path / "model")
     turns_end_with("<end_of_utterance>", FlamingoProcessor.from_pretrained(tmp_path / "model"))
+
+
+def test_prompts_begin_as_the_tokenizer_begins_texts_by_itself(original, beginning, begin, tmp_path):
+    convert(beginning(original("float")), tmp_path / "model")
+    begin(FlamingoProcessor.from_pretrained(tmp_path / "model"), 1)

@@ -170,3 +170,8 @@ def test_turns_of_a_prompt_end_with_the_token_that_the_model_learned(
 ):
     convert(original("llama"), tmp_path / "model")
     turns_end_with("</s>", FlamingoProcessor.from_pretrained(tmp_path / "model"))
+
+
+def test_prompts_begin_as_the_tokenizer_begins_texts_by_itself(original, beginning, begin, tmp_path: Path):
+    convert(beginning(original("llama")), tmp_path / "model")
+    begin(FlamingoProcessor.from_pretrained(tmp_path / "model"), 1)
