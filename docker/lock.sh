@@ -23,7 +23,8 @@ locked() {  # name, then extras of setup.cfg
     shift
     for extra in "$@"; do extras+=(--extra "$extra"); done
     "$uv" pip compile setup.cfg "$aside/$name.in" "${extras[@]}" \
-        --constraint "$tested" --override docker/locks/overrides.txt --upgrade-package filelock --generate-hashes --no-header --no-annotate \
+        --constraint "$tested" --override docker/locks/overrides.txt --upgrade-package filelock \
+        --generate-hashes --no-header --no-annotate \
         --python-version 3.12 --python-platform x86_64-manylinux_2_28 --quiet --output-file "$out/$name.txt"
 }
 

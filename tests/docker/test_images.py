@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.eval.harness_model import write_model
+from tests.train.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -264,17 +264,17 @@ def test_the_locked_set_is_whole_and_runs_the_entrypoint(image, tmp_path):
         return done.stdout
 
     says("python", str(DOCKER / "check.py"), str(DOCKER / "locks" / "overrides.txt"))
-    assert "demo" in says("flamingo", "--help")
-    assert says("python", "-c", "import flamingo.cli; print(flamingo.cli.__file__)").startswith(str(image))
+    told = says("flamingo", "--help")
+    assert "train" in told and "demo" in told
+    where = "import flamingo.cli, flamingo.train, flamingo.eval; print(flamingo.cli.__file__)"
+    assert says("python", "-c", where).startswith(str(image))
     assert "not here" in says("python", "-c", "try:\n import pytest\nexcept ImportError:\n print('not here')")
 
 
 @pytest.mark.slow  # it installs 5 GB
 def test_its_demo_is_well_and_once_ended_ill(image, tmp_path):
     write_model(tmp_path / "model")
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        port = str(tried.getsockname()[1])
+    port = str(free_port())
     page = {"FLAMINGO_HEALTH_URL": f"http://127.0.0.1:{port}/"}
     check = [image / "bin/python", DOCKER / "healthcheck.py"]
 
