@@ -7,6 +7,7 @@ held, as they are for most of a whole training; then the next one does, and so o
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 import tempfile
@@ -14,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step_rate import seconds
 from flamingo.quickstart import RECIPE, shards
 from flamingo.train.config import Recipe, read_recipe
 
@@ -59,3 +59,9 @@ def _rates(recipe: Recipe, parts: Sequence[Sequence[float]], first: Sequence[flo
         "rate_ratio": round(statistics.median(ratios), 3),
         "rate_ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
     }
+
+
+def seconds(run: Path, warmup: int) -> list[float]:
+    """Of each step after the warm-up, with the wait for data."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["seconds"] for record in records if record.get("step", 0) > warmup]

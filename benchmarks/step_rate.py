@@ -2,12 +2,11 @@
 
     python -m benchmarks.step_rate [--steps 40] [--rounds 2] [--data data]
 
-Runs `flamingo train` itself on the quickstart recipe, in turn with one rank on all cores and with
-two ranks on half of them each, and takes the seconds of its metrics.jsonl once the grids of all
-pictures are held (the shards are small, so that this is soon). FLOPs are the model's
-(`flamingo.train.flops`); the peak is that of bfloat16 products on all cores, measured before every run and
-after the last: the best counts, and where the worst is far below it the machine was not quiet. Prints one
-line of JSON per number of ranks and one that compares them.
+Trains the quickstart recipe with `flamingo train`'s own ranks, in turn one with all cores and two with half
+of them each, and takes the steps after the grids of all pictures are held (the shards are small, so that
+this is soon). FLOPs are the model's (`flamingo.train.flops`). The peak is that of bfloat16 products on all
+cores, measured before and after every step (`benchmarks.beside_peak`): the share is each step's own, and the
+median counts. Prints one line of JSON per number of ranks and one that compares them.
 """
 
 from __future__ import annotations
@@ -19,19 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from flamingo.data.batch import Batch
-from flamingo.data.steps import StepDataset, open_feeds
-from flamingo.factory import create
 from flamingo.quickstart import RECIPE, backbones, shards
-from flamingo.runtime import cores, quiet_libraries, tune_cpu
-from flamingo.train.config import Recipe, read_recipe
-from flamingo.train.flops import measured_peak, step_flops
+from flamingo.runtime import cores
 
 SAMPLES_PER_SHARD = 40
 
@@ -51,14 +42,16 @@ def arguments() -> argparse.Namespace:
 
 def flamingo(*words: str, **environment: str) -> None:
     """A command of its own process. Raises RuntimeError with the end of what it said."""
+    run_python(f"flamingo {words[0]}", "-m", "flamingo.cli", *words, **environment)
+
+
+def run_python(what: str, *words: str, **environment: str) -> None:
+    """python WORDS. Raises RuntimeError with the end of what it said."""
     done = subprocess.run(
-        [sys.executable, "-m", "flamingo.cli", *words],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
+        [sys.executable, *words], env={**os.environ, **environment}, capture_output=True, text=True
     )
     if done.returncode:
-        raise RuntimeError(f"flamingo {words[0]} failed: {(done.stderr or done.stdout)[-2000:]}")
+        raise RuntimeError(f"{what} failed: {(done.stderr or done.stdout)[-2000:]}")
 
 
 def overrides(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -72,102 +65,81 @@ def overrides(options: argparse.Namespace, folder: Path) -> list[str]:
     ]
 
 
-def contents(recipe: Recipe) -> Iterator[tuple[float, dict[str, Any]]]:
-    """FLOPs of each step once no picture is encoded any more, and what it holds."""
-    model, processor = create(
-        vision=recipe.model.vision,
-        language=recipe.model.language,
-        frozen_dtype=getattr(torch, recipe.model.frozen_dtype),
-        **recipe.model.architecture,
-    )
-    feeds = open_feeds(
-        recipe.sources,
-        seed=recipe.seed,
-        tokenizer=processor.tokenizer,
-        transform=processor.image_processor.transform,  # type: ignore[attr-defined]
-        image_token_id=model.config.image_token_id,
-        end_of_chunk_id=model.config.end_of_chunk_token_id,
-    )
-    dataset = StepDataset(feeds, skip_pixels=lambda key: True)
-    for step in range(recipe.steps):
-        batches = [batch for part in dataset[step].values() for batch in part]
-        held: dict[str, Any] = {
-            name: sum(count[name] for count in map(_count, batches)) for name in _count(batches[0])
-        }
-        yield step_flops(model, **held, pictures=0), held
-
-
-def _count(batch: Batch) -> dict[str, int]:
-    lengths = batch.attention_mask.sum(dim=1)
-    return {
-        "tokens": int(lengths.sum()),
-        "targets": batch.n_targets,
-        "images": len(batch.image_keys),
-        "pairs": int(lengths.square().sum()),
-    }
-
-
-def seconds(run: Path, warmup: int) -> list[float]:
-    """Of each step after the warm-up, with the wait for data."""
+def beside(run: Path, warmup: int) -> list[dict[str, float]]:
+    """Of each step after the warm-up: its seconds with the wait for data, what it held, and the peak of
+    all ranks around it."""
+    ranks = [list(map(json.loads, path.read_text().splitlines())) for path in run.glob("beside-*.jsonl")]
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record["seconds"] for record in records if record.get("step", 0) > warmup]
-
-
-def peak() -> float:
-    """FLOP/s of bfloat16 products on all cores, or on one GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    measured_peak.cache_clear()
-    return measured_peak(device, torch.bfloat16)
+    waited = {record["step"]: record["data_seconds"] for record in records if "data_seconds" in record}
+    return [
+        {
+            **of_ranks[0],
+            "seconds": max(line["seconds"] for line in of_ranks) + waited[of_ranks[0]["step"]],
+            "peak": sum(line["peak"] for line in of_ranks),
+        }
+        for of_ranks in zip(*ranks, strict=True)
+        if of_ranks[0]["step"] > warmup
+    ]
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> None:
     folder = scratch / "easy-vqa"
     flamingo("data", "easy-vqa", str(folder), "--samples-per-shard", str(SAMPLES_PER_SHARD))
     changed = overrides(options, folder)
-    peaks, times = [], {ranks: [] for ranks in options.ranks}
+    steps: dict[int, list[list[dict[str, float]]]] = {ranks: [] for ranks in options.ranks}
     for number in range(options.rounds):
         for ranks in options.ranks:
-            peaks.append(peak())
             run = scratch / f"ranks-{ranks}-{number}"
-            flamingo("train", str(RECIPE), f"run={run}", *changed, "--processes", str(ranks))
-            times[ranks].append(seconds(run, options.warmup))
-    peaks.append(peak())
-    steps = list(contents(read_recipe(RECIPE, [f"run={scratch / 'none'}", *changed])))[options.warmup :]
-    flops = statistics.mean(each for each, _ in steps)
-    for ranks, runs in times.items():
-        devices = ranks if torch.cuda.is_available() else 1
-        shown = [each * devices for each in peaks]
-        print(json.dumps(row(ranks, runs, flops, shown, [held for _, held in steps])), flush=True)
-    if {1, 2} <= times.keys():
-        one, two = (statistics.median(sum(times[ranks], [])) for ranks in (1, 2))
-        print(json.dumps({"two_ranks_times_as_fast_as_one": round(one / two, 3)}))
+            train(run, changed, ranks)
+            steps[ranks].append(beside(run, options.warmup))
+    for ranks, runs in steps.items():
+        print(json.dumps(row(ranks, runs)), flush=True)
+    if {1, 2} <= steps.keys():
+        print(json.dumps(compared(steps[1], steps[2])))
 
 
-def row(
-    ranks: int, runs: list[list[float]], flops: float, peaks: list[float], held: list[dict[str, int]]
-) -> dict:
-    """What is printed of a number of ranks."""
-    best = max(peaks)
-    median = statistics.median(sum(runs, []))
-    means: dict[str, Any] = {name: round(statistics.mean(h[name] for h in held)) for name in held[0]}
+def train(run: Path, changed: list[str], ranks: int) -> None:
+    """`flamingo train` of the quickstart's recipe, with a peak beside each step."""
+    words = [str(RECIPE), f"run={run}", *changed]
+    code = "import sys; from flamingo.train.launch import start; "
+    code += "sys.exit(start('benchmarks.beside_peak', sys.argv[2:], int(sys.argv[1])))"
+    run_python("training", "-c", code, str(ranks), *words)
+
+
+def row(ranks: int, runs: list[list[dict[str, float]]]) -> dict[str, Any]:
+    """What is printed of a number of ranks. peak_share: the median over steps of each step's own."""
+    steps = sum(runs, [])
+    shares = sorted(step["flops"] / step["seconds"] / step["peak"] for step in steps)
+    peaks = sorted(step["peak"] / 1e9 for step in steps)
+    seconds = sorted(step["seconds"] for step in steps)
+    held = ("tokens", "targets", "images")
     return {
         "ranks": ranks,
         "threads_each": max(1, cores() // ranks),
-        "seconds_per_step": round(median, 4),
-        "fastest": round(min(min(run) for run in runs), 4),
-        "medians_of_runs": [round(statistics.median(run), 4) for run in runs],
-        "gflop_per_step": round(flops / 1e9, 1),
-        "peak_gflops": round(best / 1e9, 1),
-        "peak_gflops_range": [round(min(peaks) / 1e9, 1), round(best / 1e9, 1)],
-        "peak_share": round(flops / median / best, 4),
-        **means,
+        "seconds_per_step": round(statistics.median(seconds), 4),
+        "fastest": round(seconds[0], 4),
+        "medians_of_runs": [round(statistics.median(s["seconds"] for s in run), 4) for run in runs],
+        "gflop_per_step": round(statistics.mean(step["flops"] for step in steps) / 1e9, 1),
+        "peak_gflops": round(statistics.median(peaks), 1),
+        "peak_gflops_range": [round(peaks[0], 1), round(peaks[-1], 1)],
+        "peak_share": round(statistics.median(shares), 4),
+        "peak_share_quartiles": [round(x, 4) for x in statistics.quantiles(shares, n=4)[::2]],
+        **{name: round(statistics.mean(step[name] for step in steps)) for name in held},
+    }
+
+
+def compared(one: list[list[dict[str, float]]], two: list[list[dict[str, float]]]) -> dict[str, Any]:
+    """How many times as fast two ranks are, round by round."""
+    medians = ([statistics.median(step["seconds"] for step in run) for run in runs] for runs in (one, two))
+    ratios = sorted(a / b for a, b in zip(*medians, strict=True))
+    return {
+        "two_ranks_times_as_fast_as_one": round(statistics.median(ratios), 3),
+        "range": [round(ratios[0], 3), round(ratios[-1], 3)],
     }
 
 
 def main() -> None:
     options = arguments()
-    quiet_libraries()
-    tune_cpu()
     if not (options.data / "backbones").is_dir():
         raise SystemExit(
             f"{options.data / 'backbones'} is not there: flamingo backbones {options.data}/backbones"

@@ -229,8 +229,8 @@ def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     began, side, best = time.perf_counter(), 1024, 0.0
     while True:
         a = torch.randn(side, side, device=device).to(dtype)
-        _timed(a)  # libraries load at their first call
-        seconds = min(_timed(a) for _ in range(3))  # another process may have had the cores
+        product_seconds(a)  # libraries load at their first call
+        seconds = min(product_seconds(a) for _ in range(3))  # another process may have had the cores
         best = max(best, 2.0 * side**3 / seconds)
         left = MEASURE_SECONDS - (time.perf_counter() - began)
         if left <= 0:
@@ -239,8 +239,8 @@ def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
             side *= 2
 
 
-def _timed(a: torch.Tensor) -> float:
-    """Seconds of a @ a."""
+def product_seconds(a: torch.Tensor) -> float:
+    """Seconds of one product a @ a, of float[S, S]."""
     wait = torch.cuda.synchronize if a.is_cuda else lambda: None
     wait()
     began = time.perf_counter()

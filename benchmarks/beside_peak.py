@@ -1,0 +1,52 @@
+"""One rank of `flamingo.train` that multiplies matrices before and after each of its steps.
+
+Virtual processors change their speed by the second, with what their neighbours do, so a peak that was
+measured some seconds ago is another machine's. A line of RUN/beside-RANK.jsonl for each step: its
+seconds without the wait for data, what it held, and this rank's peak around it. For `benchmarks.step_rate`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from flamingo.data.steps import StepBatches
+from flamingo.train import session
+from flamingo.train.__main__ import main
+from flamingo.train.flops import product_seconds
+
+SIDE = 8192 if torch.cuda.is_available() else 2048  # of bfloat16 matrices: large enough for the peak
+PRODUCTS = 3
+HELD = ("flops", "tokens", "targets", "images")
+
+_matrix: list[torch.Tensor] = []  # drawn once
+
+
+def peak(device: torch.device) -> float:
+    """FLOP/s of bfloat16 products on this rank's device or cores, just now."""
+    if not _matrix:
+        _matrix.append(torch.randn(SIDE, SIDE, device=device).to(torch.bfloat16))
+        product_seconds(_matrix[0])  # libraries load at their first call
+    return 2.0 * SIDE**3 * PRODUCTS / sum(product_seconds(_matrix[0]) for _ in range(PRODUCTS))
+
+
+class Measured(session.Trainer):
+    def train_step(self, step: int, batches: StepBatches) -> dict[str, Any]:
+        device = self.engine.device
+        before, began = peak(device), time.perf_counter()
+        record = super().train_step(step, batches)  # it ends with numbers that all ranks have added up
+        seconds = time.perf_counter() - began
+        line = {"step": step + 1, "seconds": seconds, "peak": (before + peak(device)) / 2}
+        line |= {name: record[name] for name in HELD}
+        with (self.recipe.run / f"beside-{self.dataset.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return record
+
+
+if __name__ == "__main__":
+    session.Trainer = Measured  # type: ignore[misc]
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`benchmarks.step_rate`: each step is compared with the peak that was measured beside it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("benchmarks.step_rate", reason="the benchmarks lie beside the package, in the repository")
+
+from benchmarks import step_rate  # noqa: E402
+
+SIZES = {"tokens": 5, "targets": 2, "images": 1}
+
+
+def lines(values):
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def test_a_step_waits_for_its_slowest_rank_and_its_data_and_has_the_peak_of_all_ranks(tmp_path):
+    for rank in (0, 1):
+        beside = [{"step": s, "seconds": 1.0 + rank, "peak": 10.0, "flops": 12.0} for s in (1, 2, 3)]
+        (tmp_path / f"beside-{rank}.jsonl").write_text(lines(beside))
+    metrics = [{"version": "1"}, *({"step": s, "data_seconds": 0.5} for s in (1, 2, 3))]
+    (tmp_path / "metrics.jsonl").write_text(lines(metrics))
+    steps = step_rate.beside(tmp_path, warmup=1)
+    assert [(step["step"], step["seconds"], step["peak"]) for step in steps] == [
+        (2, 2.5, 20.0),
+        (3, 2.5, 20.0),
+    ]
+
+
+def test_the_share_is_of_the_peak_beside_the_step_and_not_of_the_best():
+    fast, slow = ({"flops": 6.0, "seconds": s, "peak": p, **SIZES} for s, p in ((1.0, 12.0), (4.0, 3.0)))
+    row = step_rate.row(2, [[fast, slow]])
+    assert row["peak_share"] == 0.5
+    assert row["seconds_per_step"] == 2.5 and row["fastest"] == 1.0
+
+
+def test_ranks_are_compared_round_by_round():
+    one, two = [[{"seconds": 1.0}], [{"seconds": 4.0}]], [[{"seconds": 2.0}], [{"seconds": 2.0}]]
+    assert step_rate.compared(one, two) == {"two_ranks_times_as_fast_as_one": 1.25, "range": [0.5, 2.0]}
