@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -40,16 +39,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def flamingo(*words: str, **environment: str) -> None:
-    """A command of its own process. Raises RuntimeError with the end of what it said."""
-    run_python(f"flamingo {words[0]}", "-m", "flamingo.cli", *words, **environment)
-
-
-def run_python(what: str, *words: str, **environment: str) -> None:
-    """python WORDS. Raises RuntimeError with the end of what it said."""
-    done = subprocess.run(
-        [sys.executable, *words], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+def python(what: str, *words: str) -> None:
+    """A process of its own. Raises RuntimeError with the end of what it said."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{what} failed: {(done.stderr or done.stdout)[-2000:]}")
 
@@ -84,7 +76,8 @@ def beside(run: Path, warmup: int) -> list[dict[str, float]]:
 
 def measure(options: argparse.Namespace, scratch: Path) -> None:
     folder = scratch / "easy-vqa"
-    flamingo("data", "easy-vqa", str(folder), "--samples-per-shard", str(SAMPLES_PER_SHARD))
+    words = ("data", "easy-vqa", str(folder), "--samples-per-shard", str(SAMPLES_PER_SHARD))
+    python("writing shards", "-m", "flamingo.cli", *words)
     changed = overrides(options, folder)
     steps: dict[int, list[list[dict[str, float]]]] = {ranks: [] for ranks in options.ranks}
     for number in range(options.rounds):
@@ -103,7 +96,7 @@ def train(run: Path, changed: list[str], ranks: int) -> None:
     words = [str(RECIPE), f"run={run}", *changed]
     code = "import sys; from flamingo.train.launch import start; "
     code += "sys.exit(start('benchmarks.beside_peak', sys.argv[2:], int(sys.argv[1])))"
-    run_python("training", "-c", code, str(ranks), *words)
+    python("training", "-c", code, str(ranks), *words)
 
 
 def row(ranks: int, runs: list[list[dict[str, float]]]) -> dict[str, Any]:
