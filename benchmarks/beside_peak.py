@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,15 +24,19 @@ SIDE = 8192 if torch.cuda.is_available() else 2048  # of bfloat16 matrices: larg
 PRODUCTS = 3
 HELD = ("flops", "tokens", "targets", "images")
 
-_matrix: list[torch.Tensor] = []  # drawn once
+
+@lru_cache(maxsize=1)
+def matrix(device: torch.device) -> torch.Tensor:
+    """bfloat16[SIDE, SIDE], multiplied once already: libraries load at their first call."""
+    drawn = torch.randn(SIDE, SIDE, device=device).to(torch.bfloat16)
+    product_seconds(drawn)
+    return drawn
 
 
 def peak(device: torch.device) -> float:
     """FLOP/s of bfloat16 products on this rank's device or cores, just now."""
-    if not _matrix:
-        _matrix.append(torch.randn(SIDE, SIDE, device=device).to(torch.bfloat16))
-        product_seconds(_matrix[0])  # libraries load at their first call
-    return 2.0 * SIDE**3 * PRODUCTS / sum(product_seconds(_matrix[0]) for _ in range(PRODUCTS))
+    a = matrix(device)
+    return 2.0 * SIDE**3 * PRODUCTS / sum(product_seconds(a) for _ in range(PRODUCTS))
 
 
 class Measured(session.Trainer):

@@ -4,9 +4,10 @@
 
 Trains the quickstart recipe with `flamingo train`'s own ranks, in turn one with all cores and two with half
 of them each, and takes the steps after the grids of all pictures are held (the shards are small, so that
-this is soon). FLOPs are the model's (`flamingo.train.flops`). The peak is that of bfloat16 products on all
-cores, measured before and after every step (`benchmarks.beside_peak`): the share is each step's own, and the
-median counts. Prints one line of JSON per number of ranks and one that compares them.
+this is soon). FLOPs are the model's (`flamingo.train.flops`), with pictures that are still encoded. The peak
+is that of bfloat16 products on all cores, measured before and after every step (`benchmarks.beside_peak`):
+the share is each step's own, and the median counts. Prints one line of JSON per number of ranks and one that
+compares them.
 """
 
 from __future__ import annotations
