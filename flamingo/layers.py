@@ -1,4 +1,4 @@
-"""Small layers shared by the resampler and the gated blocks. Knows no other room.
+"""Small layers shared by the resampler and the gated blocks.
 
 N batch, Q queries, K keys, H heads, D head width, W model width.
 """
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from flamingo.attention_products import Attention, all_at_once
 
 
 class SquaredReLU(nn.Module):
@@ -71,8 +73,22 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """float[N, H, Q, D] x float[N, H, K, D] -> float[N, Q, H*D]; mask: bool[N, 1, 1, K], True
     where a key may be seen (None: all may)."""
+    if q.device.type == "cpu":
+        return _attend_by_products(q, k, v, mask)
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
     return rearrange(out, "n h q d -> n q (h d)")
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` on a CPU, where torch's own goes by way of float32."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    q, k, v = (q * q.shape[-1] ** -0.5).to(dtype), k.to(dtype), v.to(dtype)
+    added = None
+    if mask is not None:
+        added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    parts = all_at_once(q.shape[2], k.shape[2])
+    out, _ = Attention.apply(q[:, :, None], k, v, added, parts)  # type: ignore[misc]
+    return rearrange(out, "n h 1 q d -> n q (h d)")
 
 
 class _Taken(torch.autograd.Function):
@@ -106,10 +122,13 @@ NLL_ROWS = 64  # positions whose float32 logits exist at one time
 class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        sums = [part.float().logsumexp(dim=-1) for part in logits.split(NLL_ROWS)]
-        total = torch.cat(sums) if sums else logits.new_zeros(0, dtype=torch.float32)
+        index = targets[:, None]
+        parts = zip(logits.split(NLL_ROWS), index.split(NLL_ROWS), strict=True)
+        nll = [-part.log_softmax(dim=-1, dtype=torch.float32).gather(1, wanted) for part, wanted in parts]
+        found = torch.cat(nll)[:, 0] if nll else logits.new_zeros(0, dtype=torch.float32)
+        total = found + logits.gather(1, index)[:, 0].float()
         ctx.save_for_backward(logits, targets, total)
-        return total - logits.gather(1, targets[:, None])[:, 0].float()
+        return found
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:

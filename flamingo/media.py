@@ -129,6 +129,7 @@ class Runs:
     slot: Tensor
     filled: Tensor
     images: Tensor | None = None  # int64[R, M]: all images that a run sees, -1 beyond the last
+    in_order: bool = False  # run i sees image i
 
     @classmethod
     def of(cls, seen: Tensor, since: Tensor | None = None) -> Runs:
@@ -157,7 +158,9 @@ class Runs:
             many = int((image[first] - begin).max()) + 1 if len(first) else 0
             images = begin[:, None] + torch.arange(many, device=seen.device)  # [R, M]
             images = torch.where(images <= image[first][:, None], images, -1)
-        return cls(image[first], source, member, run * slots + place, filled, images)
+        image = image[first]
+        in_order = torch.equal(image, torch.arange(len(image), device=image.device))
+        return cls(image, source, member, run * slots + place, filled, images, in_order)
 
     @property
     def token(self) -> Tensor:
@@ -176,6 +179,8 @@ class Runs:
     def gather(self, per_image: Tensor) -> Tensor:
         """float[N, H, L, D] of all images -> float[R, H, M*L, D] of those that each run sees."""
         if self.images is None:
+            if self.in_order and len(per_image) == len(self.image):
+                return per_image  # nothing to gather, and no gradients to add up
             return per_image.index_select(0, self.image)
         return rearrange(per_image[self.images.clamp_min(0)], "r m h l d -> r h (m l) d")
 

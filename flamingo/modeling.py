@@ -316,7 +316,7 @@ class FlamingoForConditionalGeneration(
         loss, logits = None, out.logits
         if targets is not None and keep is not None:
             assert reduction in ("mean", "sum", "none"), reduction
-            nll = token_nll(logits[0], targets[keep])
+            nll = token_nll(logits.squeeze(0), targets[keep])
             loss = nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()
         elif keep is not None:
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))

@@ -189,6 +189,9 @@ class Engine:
         optimizer = adamw(objective, recipe.optimizer)
         made = deepspeed.initialize(model=objective, optimizer=optimizer, config=configuration(recipe, world))
         self.deepspeed: Any = made[0]
+        if world == 1 and not self.stage and not recipe.deepspeed:
+            # Alone there is nothing to exchange, and it would copy all gradients twice.
+            self.deepspeed.enable_backward_allreduce = False
         self.named = trained(objective)
         self.moments = Moments(self.deepspeed, self.named, self.stage)
 

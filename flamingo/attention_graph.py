@@ -1,0 +1,125 @@
+"""Attention as one operator of a compiled graph, which does not look into it.
+
+Inductor would fuse the gathering of blocks with the rotary embedding around it, and then gather single
+numbers: its two kernels took as long as a quarter of a layer's products.
+B rows, T tokens, K heads of keys and values, H = K * G heads of queries, D head width; M blocks of S
+places (`flamingo.attention_blocks`), or the B rows themselves where there are none, with C keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flamingo.attention_blocks import Blocks
+from flamingo.attention_products import gradients, looked_up, weights_of
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks | None
+) -> tuple[Tensor, Tensor]:
+    """float[B, H, T, D] scaled, float[B, K, C, D] twice -> float[B, T, H, D], weights float[M, H, S, C]."""
+    if blocks is None:
+        out, weights, *_ = _forward(query, key, value, mask, None, None, None)
+    else:
+        held = (blocks.tokens, blocks.places, blocks.used)
+        out, weights, *_ = _forward(query, key, value, blocks.mask, *held)
+    return out, weights.detach().flatten(1, 2)
+
+
+def _taken(x: Tensor, heads: int, tokens: Tensor | None, used: Tensor | None = None) -> Tensor:
+    """float[B, T, K * G, D] -> float[M, K, G, S, D], 0 at places that are not used, where these are told."""
+    if tokens is None:
+        # A copy always: an operator must not give back what it was given.
+        return rearrange(x, "b t (k g) d -> b k g t d", k=heads).clone(memory_format=torch.contiguous_format)
+    flat = rearrange(x, "b t h d -> (b t) (h d)").index_select(0, tokens.flatten())
+    if used is not None:
+        flat.index_fill_(0, (~used).flatten().nonzero()[:, 0], 0.0)
+    split = rearrange(flat, "(m s) (k g d) -> m k g s d", m=len(tokens), k=heads, d=x.shape[-1])
+    return split.contiguous()
+
+
+def _put_back(x: Tensor, rows: int, places: Tensor | None) -> Tensor:
+    """float[M, K, G, S, D] -> float[B, T, K * G, D]."""
+    if places is None:
+        return rearrange(x, "b k g t d -> b t (k g) d").contiguous()
+    flat = rearrange(x, "m k g s d -> (m s) (k g d)").index_select(0, places)
+    return rearrange(flat, "(b t) (h d) -> b t h d", b=rows, d=x.shape[-1])
+
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("flamingo::attend", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tokens: Tensor | None,
+    places: Tensor | None,
+    used: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What was looked up, the weights, and the queries, keys and values in blocks."""
+    turned = (rearrange(x, "b h t d -> b t h d") for x in (query, key, value))
+    q, k, v = (_taken(x, key.shape[1], tokens) for x in turned)
+    k, v = k[:, :, 0], v[:, :, 0]
+    weights = weights_of(q, k, mask)
+    return _put_back(looked_up(weights, v), len(query), places), weights, q, k, v
+
+
+@torch.library.custom_op("flamingo::attend_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    tokens: Tensor | None,
+    places: Tensor | None,
+    used: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """float[B, T, H, D], and what `_forward` gave -> of queries float[B, T, H, D], of keys and of values
+    float[B, C, K, D]."""
+    above = _taken(grad, key.shape[1], tokens, used)
+    of_query, of_key, of_value = gradients(above, query, key, value, weights)
+    found = (of_query, of_key[:, :, None], of_value[:, :, None])
+    first, second, third = (_put_back(x, len(grad), places) for x in found)
+    return first, second, third
+
+
+@_forward.register_fake
+def _(query, key, value, mask, tokens, places, used):
+    batch, heads, queries, width = query.shape
+    shared, keys = key.shape[1:3]
+    many, size = (batch, queries) if tokens is None else tokens.shape
+    keys = keys if tokens is None else size
+    grouped = query.new_empty(many, shared, heads // shared, size, width)
+    weights = query.new_empty(many, shared, heads // shared, size, keys)
+    of_keys = (x.new_empty(many, shared, keys, width) for x in (key, value))
+    return query.new_empty(batch, queries, heads, width), weights, grouped, *of_keys
+
+
+@_backward.register_fake
+def _(grad, query, key, value, weights, tokens, places, used):
+    batch, queries, _, width = grad.shape
+    keys = key.shape[2] if tokens is None else queries
+    of_keys = (x.new_empty(batch, keys, x.shape[1], width) for x in (key, value))
+    return torch.empty_like(grad, memory_format=torch.contiguous_format), *of_keys
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Operands) -> None:
+    *_, tokens, places, used = inputs
+    _, weights, query, key, value = output
+    ctx.save_for_backward(query, key, value, weights, tokens, places, used)
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    found = _backward(grad, *ctx.saved_tensors)
+    return *(rearrange(x, "b t h d -> b h t d") for x in found), *[None] * 4
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
