@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from flamingo import attention_graph
-from flamingo.attention_blocks import Blocks, blocks_of
+from flamingo.attention_blocks import Blocks, blocks_of, whole_rows
 from flamingo.attention_products import Attention, Parts, all_at_once, looked_up, weights_of
 
 NAME = "plain"
@@ -84,10 +84,11 @@ def _blocks(mask: Tensor) -> Blocks | None:
 
 
 def mask_with_blocks(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask that is added to the scores; of rows that are learned from, with its blocks."""
+    """The mask that is added to the scores; of rows that are learned from, with its blocks, so that rows
+    with and without them are one compiled graph."""
     mask = eager_mask(*args, **kwargs)
     if mask is not None and torch.is_grad_enabled() and mask.shape[2] == mask.shape[3] > 1:
-        mask.blocks = blocks_of(mask)  # type: ignore[attr-defined]
+        mask.blocks = blocks_of(mask) or whole_rows(mask)  # type: ignore[attr-defined]
     return mask
 
 

@@ -59,6 +59,13 @@ def blocks_of(mask: Tensor) -> Blocks | None:
     return _FOUND[mask]
 
 
+def whole_rows(mask: Tensor) -> Blocks:
+    """Each row of float[B, 1, T, T] as a block of its own."""
+    places = torch.arange(mask.shape[0] * mask.shape[2], device=mask.device)
+    tokens = rearrange(places, "(b t) -> b t", b=mask.shape[0]).clone()  # a view would be a graph of its own
+    return Blocks(tokens, places, torch.ones_like(tokens, dtype=torch.bool), mask.clone())
+
+
 @torch.no_grad()
 def _find(mask: Tensor) -> Blocks | None:
     lowest = torch.finfo(mask.dtype).min

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
+from einops import rearrange
 from torch import nn
 
 from flamingo.checkpoints.trainables import architecture_of
@@ -99,6 +101,10 @@ def compile_parts(model: FlamingoForConditionalGeneration) -> None:
     The forward and not the module: a module's graph would take in the hooks, and with them the
     gated blocks, whose shapes depend on which tokens see an image.
     """
+    # Sizes that are equal by chance when a graph is made are not a rule for the next rows.
+    torch.fx.experimental._config.use_duck_shape = False
+    for seen in (torch.zeros(1), nn.Parameter(torch.zeros(1))):
+        rearrange(seen, "x -> x")  # einops notes the types that it has met, and graphs ask how many
     for module in (model.resampler, *find_decoder_layers(model.language_model)):
         module.forward = torch.compile(module.forward, dynamic=True)
 
