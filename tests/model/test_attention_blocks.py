@@ -8,6 +8,7 @@ from einops import rearrange
 
 from flamingo.attention import attend_plainly, plain_attention
 from flamingo.attention_blocks import blocks_of
+from flamingo.train.parts import compile_parts
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -93,7 +94,40 @@ def test_a_compiled_layer_takes_the_blocks_that_its_mask_brings(masks):
         k, v = (torch.randn(len(documents), 2, mask.shape[-1], 8, requires_grad=True) for _ in range(2))
         ours, weights = layer(torch.nn.Identity(), q, k, v, mask)
         assert weights.shape[-1] == max(map(max, documents))  # of blocks, not of whole rows
-        torch.testing.assert_close(ours, whole(q, k, v, mask), atol=1e-6, rtol=1e-5)
+        theirs = whole(q, k, v, mask)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        wanted = torch.randn_like(ours)
+        grads = [torch.autograd.grad((x * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_compiled_layer_attends_in_whole_rows_with_and_without_a_mask():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer = torch.compile(plain_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    for mask in (None, mask_of([[12], [12]])):
+        q, k, v = (torch.randn(2, 2 if n else 4, 12, 8, requires_grad=True) for n in range(3))
+        ours, _ = layer(torch.nn.Identity(), q, k, v, mask)
+        theirs = whole(q, k, v, torch.zeros(1) if mask is None else mask)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        wanted = torch.randn_like(ours)
+        grads = [torch.autograd.grad((x * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_compiled_layers_are_one_graph_for_rows_with_and_without_blocks(build):
+    """Also where documents and rows are equally many by chance, as whole rows are when a graph is made."""
+    torch.compiler.reset()
+    model = build()
+    attend_plainly(model.language_model)
+    compile_parts(model)
+    for sizes in ([[12], [12], [12]], [[4, 4, 4], [4, 4, 4]], [[7, 8], [8, 7]]):
+        segments = [[n for n, size in enumerate(row) for _ in range(size)] for row in sizes]
+        ids = torch.randint(3, 20, (len(sizes), sum(sizes[0])))
+        with torch.compiler.set_stance("default" if len(sizes) == 3 else "fail_on_recompile"):
+            model(ids, segment_ids=torch.tensor(segments)).logits.sum().backward()
 
 
 def test_masks_of_rows_that_are_learned_from_bring_their_blocks(build):

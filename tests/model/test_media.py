@@ -162,3 +162,16 @@ def test_there_is_one_run_per_row_and_image(seen):
     runs = Runs.of(seen)
     assert len(runs) == len(pairs)
     assert runs.token.shape[1] <= seen.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("seen", "in_order"),
+    [([[0, 0, 1], [2, 2, 2]], True), ([[1, 1, 0], [2, 2, 2]], False), ([[-1, 0, 0], [1, -1, -1]], False)],
+)
+def test_images_that_are_seen_one_after_the_other_are_not_gathered(seen, in_order):
+    """Of three images: what each run sees, the same with and without a copy."""
+    per_image = torch.randn(3, 2, 4, 8)
+    runs = Runs.of(torch.tensor(seen))
+    found = runs.gather(per_image)
+    assert (found is per_image) == in_order
+    assert torch.equal(found, per_image[runs.image])

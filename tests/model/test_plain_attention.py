@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flamingo.attention import NAME, attend_plainly, plain_attention
+from flamingo.layers import attend
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing changes on an accelerator")
@@ -109,3 +110,25 @@ def test_dropout_is_done_where_nothing_is_learned():
         assert not torch.equal(one, other)
         calm = [plain_attention(module.eval(), q, k, v, mask, dropout=0.5)[0] for _ in range(2)]
         assert torch.equal(*calm)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_images_has_the_figures_and_gradients_of_torchs(masked, dtype):
+    """bfloat16: under autocast, against float32."""
+    drawn = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, 8, generator=drawn).requires_grad_() for n in (5, 7, 7))
+    mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    mask[1, ..., 4:] = False
+    mask = mask if masked else None
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        ours = attend(q, k, v, mask)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    theirs = theirs.transpose(1, 2).flatten(2)
+    close = CLOSE if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.02}
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), theirs, **close)
+    wanted = torch.randn(theirs.shape, generator=drawn)
+    grads = [torch.autograd.grad((x.float() * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, **close)
