@@ -17,8 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from flamingo import attention_graph
 from flamingo.attention_blocks import Blocks, blocks_of, whole_rows
+from flamingo.attention_graph import attend_in_blocks
 from flamingo.attention_products import Attention, Parts, all_at_once, looked_up, weights_of
 
 NAME = "plain"
@@ -59,8 +59,8 @@ def plain_attention(
             return read(query, key, value, attention_mask, factor), None
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
-    if torch.compiler.is_compiling() and not dropping:
-        return attention_graph.attend(query * factor, key, value, attention_mask, blocks)
+    if blocks is not None and torch.compiler.is_compiling() and not dropping:
+        return attend_in_blocks(query * factor, key, value, blocks)
     if blocks is not None:
         query, key, value = (blocks.gather(x) for x in (query, key, value))
         attention_mask = blocks.mask
@@ -130,8 +130,9 @@ def _parts(queries: int, keys: int, many: int) -> Parts:
 
 
 def _learned_parts(queries: int, keys: int, mask: Tensor | None) -> Parts:
-    """All at once where the mask lets queries see further than themselves."""
-    if mask is None or queries <= LEARNED or not is_causal(mask):
+    """All at once where the mask lets queries see further than themselves, and in a graph, which would be
+    another for every length."""
+    if mask is None or queries <= LEARNED or torch.compiler.is_compiling() or not is_causal(mask):
         return all_at_once(queries, keys)
     return _parts(queries, keys, LEARNED)
 

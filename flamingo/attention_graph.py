@@ -1,9 +1,9 @@
-"""Attention as one operator of a compiled graph, which does not look into it.
+"""Attention in blocks as one operator of a compiled graph, which does not look into it.
 
 Inductor would fuse the gathering of blocks with the rotary embedding around it, and then gather single
 numbers: its two kernels took as long as a quarter of a layer's products.
 B rows, T tokens, K heads of keys and values, H = K * G heads of queries, D head width; M blocks of S
-places (`flamingo.attention_blocks`), or the B rows themselves where there are none, with C keys.
+places (`flamingo.attention_blocks`).
 """
 
 from __future__ import annotations
@@ -18,23 +18,15 @@ from flamingo.attention_blocks import Blocks
 from flamingo.attention_products import gradients, looked_up, weights_of
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks | None
-) -> tuple[Tensor, Tensor]:
-    """float[B, H, T, D] scaled, float[B, K, C, D] twice -> float[B, T, H, D], weights float[M, H, S, C]."""
-    if blocks is None:
-        out, weights, *_ = _forward(query, key, value, mask, None, None, None)
-    else:
-        held = (blocks.tokens, blocks.places, blocks.used)
-        out, weights, *_ = _forward(query, key, value, blocks.mask, *held)
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """float[B, H, T, D] scaled, float[B, K, T, D] twice -> float[B, T, H, D], weights float[M, H, S, S]."""
+    held = (blocks.mask, blocks.tokens, blocks.places, blocks.used)
+    out, weights, *_ = _forward(query, key, value, *held)
     return out, weights.detach().flatten(1, 2)
 
 
-def _taken(x: Tensor, heads: int, tokens: Tensor | None, used: Tensor | None = None) -> Tensor:
+def _taken(x: Tensor, heads: int, tokens: Tensor, used: Tensor | None = None) -> Tensor:
     """float[B, T, K * G, D] -> float[M, K, G, S, D], 0 at places that are not used, where these are told."""
-    if tokens is None:
-        # A copy always: an operator must not give back what it was given.
-        return rearrange(x, "b t (k g) d -> b k g t d", k=heads).clone(memory_format=torch.contiguous_format)
     flat = rearrange(x, "b t h d -> (b t) (h d)").index_select(0, tokens.flatten())
     if used is not None:
         flat.index_fill_(0, (~used).flatten().nonzero()[:, 0], 0.0)
@@ -42,26 +34,15 @@ def _taken(x: Tensor, heads: int, tokens: Tensor | None, used: Tensor | None = N
     return split.contiguous()
 
 
-def _put_back(x: Tensor, rows: int, places: Tensor | None) -> Tensor:
+def _put_back(x: Tensor, rows: int, places: Tensor) -> Tensor:
     """float[M, K, G, S, D] -> float[B, T, K * G, D]."""
-    if places is None:
-        return rearrange(x, "b k g t d -> b t (k g) d").contiguous()
     flat = rearrange(x, "m k g s d -> (m s) (k g d)").index_select(0, places)
     return rearrange(flat, "(b t) (h d) -> b t h d", b=rows, d=x.shape[-1])
 
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 @torch.library.custom_op("flamingo::attend", mutates_args=())
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    tokens: Tensor | None,
-    places: Tensor | None,
-    used: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: Tensor, places: Tensor, used: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What was looked up, the weights, and the queries, keys and values in blocks."""
     turned = (rearrange(x, "b h t d -> b t h d") for x in (query, key, value))
@@ -78,12 +59,12 @@ def _backward(
     key: Tensor,
     value: Tensor,
     weights: Tensor,
-    tokens: Tensor | None,
-    places: Tensor | None,
-    used: Tensor | None,
+    tokens: Tensor,
+    places: Tensor,
+    used: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """float[B, T, H, D], and what `_forward` gave -> of queries float[B, T, H, D], of keys and of values
-    float[B, C, K, D]."""
+    float[B, T, K, D]."""
     above = _taken(grad, key.shape[1], tokens, used)
     of_query, of_key, of_value = gradients(above, query, key, value, weights)
     found = (of_query, of_key[:, :, None], of_value[:, :, None])
@@ -94,24 +75,21 @@ def _backward(
 @_forward.register_fake
 def _(query, key, value, mask, tokens, places, used):
     batch, heads, queries, width = query.shape
-    shared, keys = key.shape[1:3]
-    many, size = (batch, queries) if tokens is None else tokens.shape
-    keys = keys if tokens is None else size
+    shared, (many, size) = key.shape[1], tokens.shape
     grouped = query.new_empty(many, shared, heads // shared, size, width)
-    weights = query.new_empty(many, shared, heads // shared, size, keys)
-    of_keys = (x.new_empty(many, shared, keys, width) for x in (key, value))
+    weights = query.new_empty(many, shared, heads // shared, size, size)
+    of_keys = (x.new_empty(many, shared, size, width) for x in (key, value))
     return query.new_empty(batch, queries, heads, width), weights, grouped, *of_keys
 
 
 @_backward.register_fake
 def _(grad, query, key, value, weights, tokens, places, used):
     batch, queries, _, width = grad.shape
-    keys = key.shape[2] if tokens is None else queries
-    of_keys = (x.new_empty(batch, keys, x.shape[1], width) for x in (key, value))
+    of_keys = (x.new_empty(batch, queries, x.shape[1], width) for x in (key, value))
     return torch.empty_like(grad, memory_format=torch.contiguous_format), *of_keys
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Operands) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, tokens, places, used = inputs
     _, weights, query, key, value = output
     ctx.save_for_backward(query, key, value, weights, tokens, places, used)

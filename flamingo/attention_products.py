@@ -8,6 +8,7 @@ Queries come here scaled.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class Attention(torch.autograd.Function):
         """What was looked up, and the weights where there is one part."""
         weights, out = [], []
         for some, seen in parts:
-            of_part = None if mask is None else mask[..., some if mask.shape[2] > 1 else slice(None), seen]
+            of_part = None if mask is None else mask[:, :, some, seen]
             weights.append(weights_of(query[:, :, :, some], key[:, :, seen], of_part))
             out.append(looked_up(weights[-1], value[:, :, seen]))
         ctx.save_for_backward(query, key, value, *weights)
@@ -92,6 +93,27 @@ class Attention(torch.autograd.Function):
 
 def all_at_once(queries: int, keys: int) -> Parts:
     return [(slice(0, queries), slice(0, keys))]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """float[N, H, Q, D] x float[N, H, K, D] -> float[N, Q, H*D]; mask: bool[N, 1, 1, K], True
+    where a key may be seen (None: all may)."""
+    if q.device.type == "cpu":
+        return _attend_by_products(q, k, v, mask)
+    out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+    return rearrange(out, "n h q d -> n q (h d)")
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` on a CPU, where torch's own goes by way of float32."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    q, k, v = (q * q.shape[-1] ** -0.5).to(dtype), k.to(dtype), v.to(dtype)
+    added = None
+    if mask is not None:
+        added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    parts = all_at_once(q.shape[2], k.shape[2])
+    out, _ = Attention.apply(q[:, :, None], k, v, added, parts)  # type: ignore[misc]
+    return rearrange(out, "n h 1 q d -> n q (h d)")
 
 
 def _as_rows(x: Tensor) -> Tensor:

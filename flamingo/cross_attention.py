@@ -14,11 +14,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from flamingo.attention_products import attend
 from flamingo.config import FlamingoConfig
 from flamingo.layers import (
     FeedForward,
     SwiGLU,
-    attend,
     attention_weights,
     make_norm,
     split_heads,

@@ -1,4 +1,4 @@
-"""Small layers shared by the resampler and the gated blocks.
+"""Small layers shared by the resampler and the gated blocks. Knows no other room.
 
 N batch, Q queries, K keys, H heads, D head width, W model width.
 """
@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-
-from flamingo.attention_products import Attention, all_at_once
 
 
 class SquaredReLU(nn.Module):
@@ -68,27 +66,6 @@ class SwiGLU(nn.Module):
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """float[N, Q, H*D] -> float[N, H, Q, D]."""
     return rearrange(x, "n q (h d) -> n h q d", h=heads)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """float[N, H, Q, D] x float[N, H, K, D] -> float[N, Q, H*D]; mask: bool[N, 1, 1, K], True
-    where a key may be seen (None: all may)."""
-    if q.device.type == "cpu":
-        return _attend_by_products(q, k, v, mask)
-    out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
-    return rearrange(out, "n h q d -> n q (h d)")
-
-
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` on a CPU, where torch's own goes by way of float32."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
-    q, k, v = (q * q.shape[-1] ** -0.5).to(dtype), k.to(dtype), v.to(dtype)
-    added = None
-    if mask is not None:
-        added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-    parts = all_at_once(q.shape[2], k.shape[2])
-    out, _ = Attention.apply(q[:, :, None], k, v, added, parts)  # type: ignore[misc]
-    return rearrange(out, "n h 1 q d -> n q (h d)")
 
 
 class _Taken(torch.autograd.Function):

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from flamingo.attention_products import attend
 from flamingo.config import FlamingoConfig
-from flamingo.layers import FeedForward, attend, attention_weights, make_norm, split_heads
+from flamingo.layers import FeedForward, attention_weights, make_norm, split_heads
 
 
 class PerceiverAttention(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flamingo.attention import NAME, attend_plainly, plain_attention
-from flamingo.layers import attend
+from flamingo.attention_products import attend
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing changes on an accelerator")
