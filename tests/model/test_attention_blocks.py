@@ -29,6 +29,15 @@ def whole(q, k, v, mask):
     return rearrange(scores.softmax(-1) @ v.repeat_interleave(2, dim=1), "b h t d -> b t h d")
 
 
+def assert_same(ours, theirs, inputs):
+    """The same results, with the same gradients of the inputs."""
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    wanted = torch.randn_like(ours)
+    grads = [torch.autograd.grad((x * wanted).sum(), inputs) for x in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("documents", [[[5, 4, 3, 5, 7]], [[9, 2, 7, 6], [4, 5, 6, 9]], [[1] * 12 + [6]]])
 def test_blocks_give_the_results_and_gradients_of_whole_rows(documents, window):
@@ -40,11 +49,7 @@ def test_blocks_give_the_results_and_gradients_of_whole_rows(documents, window):
     blocks = blocks_of(mask)
     assert blocks is not None and blocks.tokens.shape[1] == max(map(max, documents))
     ours, theirs = plain_attention(torch.nn.Identity(), q, k, v, mask)[0], whole(q, k, v, mask)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    wanted = torch.randn_like(ours)
-    grads = [torch.autograd.grad((x * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert_same(ours, theirs, (q, k, v))
 
 
 def test_every_token_has_one_place():
@@ -94,12 +99,7 @@ def test_a_compiled_layer_takes_the_blocks_that_its_mask_brings(masks):
         k, v = (torch.randn(len(documents), 2, mask.shape[-1], 8, requires_grad=True) for _ in range(2))
         ours, weights = layer(torch.nn.Identity(), q, k, v, mask)
         assert weights.shape[-1] == max(map(max, documents))  # of blocks, not of whole rows
-        theirs = whole(q, k, v, mask)
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-        wanted = torch.randn_like(ours)
-        grads = [torch.autograd.grad((x * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert_same(ours, whole(q, k, v, mask), (q, k, v))
 
 
 def test_a_compiled_layer_attends_in_whole_rows_with_and_without_a_mask():
@@ -110,11 +110,7 @@ def test_a_compiled_layer_attends_in_whole_rows_with_and_without_a_mask():
         q, k, v = (torch.randn(2, 2 if n else 4, 12, 8, requires_grad=True) for n in range(3))
         ours, _ = layer(torch.nn.Identity(), q, k, v, mask)
         theirs = whole(q, k, v, torch.zeros(1) if mask is None else mask)
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-        wanted = torch.randn_like(ours)
-        grads = [torch.autograd.grad((x * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert_same(ours, theirs, (q, k, v))
 
 
 def test_compiled_layers_are_one_graph_for_rows_with_and_without_blocks(build):
