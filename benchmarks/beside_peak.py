@@ -2,7 +2,8 @@
 
 Virtual processors change their speed by the second, with what their neighbours do, so a peak that was
 measured some seconds ago is another machine's. A line of RUN/beside-RANK.jsonl for each step: its
-seconds without the wait for data, what it held, and this rank's peak around it. For `benchmarks.step_rate`.
+seconds without the wait for data, what it held, pictures that this rank encoded, and its peak around it.
+For `benchmarks.step_rate`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Measured(session.Trainer):
         seconds = time.perf_counter() - began
         line = {"step": step + 1, "seconds": seconds, "peak": (before + peak(device)) / 2}
         line |= {name: record[name] for name in HELD}
+        line["pictures"] = sum(len(batch.pixel_values) for part in batches.values() for batch in part)
         with (self.recipe.run / f"beside-{self.dataset.rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         return record

@@ -3,11 +3,10 @@
     python -m benchmarks.step_rate [--steps 40] [--rounds 2] [--data data]
 
 Trains the quickstart recipe with `flamingo train`'s own ranks, in turn one with all cores and two with half
-of them each, and takes the steps after the grids of all pictures are held (the shards are small, so that
-this is soon). FLOPs are the model's (`flamingo.train.flops`), with pictures that are still encoded. The peak
-is that of bfloat16 products on all cores, measured before and after every step (`benchmarks.beside_peak`):
-the share is each step's own, and the median counts. Prints one line of JSON per number of ranks and one that
-compares them.
+of them each, and takes the steps that encode no picture, after the grids of all are held (the shards are
+small, so that this is soon). FLOPs are the model's (`flamingo.train.flops`). The peak is that of bfloat16
+products on all cores, measured before and after every step (`benchmarks.beside_peak`): the share is each
+step's own, and the median counts. Prints one line of JSON per number of ranks and one that compares them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 from flamingo.quickstart import RECIPE, backbones, shards
 from flamingo.runtime import cores
 
-SAMPLES_PER_SHARD = 40
+SAMPLES_PER_SHARD = 8  # few, so that each of two ranks has seen all pictures before the counted steps
 
 
 def arguments() -> argparse.Namespace:
@@ -59,8 +58,8 @@ def overrides(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def beside(run: Path, warmup: int) -> list[dict[str, float]]:
-    """Of each step after the warm-up: its seconds with the wait for data, what it held, and the peak of
-    all ranks around it."""
+    """Of each step after the warm-up that encodes nothing: its seconds with the wait for data, what it
+    held, and the peak of all ranks around it."""
     ranks = [list(map(json.loads, path.read_text().splitlines())) for path in run.glob("beside-*.jsonl")]
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     waited = {record["step"]: record["data_seconds"] for record in records if "data_seconds" in record}
@@ -71,7 +70,7 @@ def beside(run: Path, warmup: int) -> list[dict[str, float]]:
             "peak": sum(line["peak"] for line in of_ranks),
         }
         for of_ranks in zip(*ranks, strict=True)
-        if of_ranks[0]["step"] > warmup
+        if of_ranks[0]["step"] > warmup and not any(line["pictures"] for line in of_ranks)
     ]
 
 
@@ -86,6 +85,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
             run = scratch / f"ranks-{ranks}-{number}"
             train(run, changed, ranks)
             steps[ranks].append(beside(run, options.warmup))
+            if not steps[ranks][-1]:
+                raise SystemExit(f"{ranks} ranks still encoded pictures in every step: raise --steps")
     for ranks, runs in steps.items():
         print(json.dumps(row(ranks, runs)), flush=True)
     if {1, 2} <= steps.keys():

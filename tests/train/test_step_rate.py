@@ -19,7 +19,8 @@ def lines(values):
 
 def test_a_step_waits_for_its_slowest_rank_and_its_data_and_has_the_peak_of_all_ranks(tmp_path):
     for rank in (0, 1):
-        beside = [{"step": s, "seconds": 1.0 + rank, "peak": 10.0, "flops": 12.0} for s in (1, 2, 3)]
+        held = {"seconds": 1.0 + rank, "peak": 10.0, "flops": 12.0, "pictures": 0}
+        beside = [{"step": s, **held} for s in (1, 2, 3)]
         (tmp_path / f"beside-{rank}.jsonl").write_text(lines(beside))
     metrics = [{"version": "1"}, *({"step": s, "data_seconds": 0.5} for s in (1, 2, 3))]
     (tmp_path / "metrics.jsonl").write_text(lines(metrics))
@@ -28,6 +29,14 @@ def test_a_step_waits_for_its_slowest_rank_and_its_data_and_has_the_peak_of_all_
         (2, 2.5, 20.0),
         (3, 2.5, 20.0),
     ]
+
+
+def test_a_step_that_encodes_pictures_does_not_count(tmp_path):
+    held = {"seconds": 1.0, "peak": 10.0, "flops": 12.0}
+    beside = [{"step": s, **held, "pictures": pictures} for s, pictures in ((1, 9), (2, 1), (3, 0))]
+    (tmp_path / "beside-0.jsonl").write_text(lines(beside))
+    (tmp_path / "metrics.jsonl").write_text(lines({"step": s, "data_seconds": 0.5} for s in (1, 2, 3)))
+    assert [step["step"] for step in step_rate.beside(tmp_path, warmup=1)] == [3]
 
 
 def test_the_share_is_of_the_peak_beside_the_step_and_not_of_the_best():
