@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flamingo.train import group
 from flamingo.train.config import Recipe
+from flamingo.train.exchange import add_up
 from flamingo.train.gauges import norms, squared_norms
 from flamingo.train.moments import KEYS as KEYS
 from flamingo.train.moments import STEP as STEP
@@ -189,8 +190,9 @@ class Engine:
         optimizer = adamw(objective, recipe.optimizer)
         made = deepspeed.initialize(model=objective, optimizer=optimizer, config=configuration(recipe, world))
         self.deepspeed: Any = made[0]
-        if world == 1 and not self.stage and not recipe.deepspeed:
-            # Alone there is nothing to exchange, and it would copy all gradients twice.
+        # Without ZeRO, DeepSpeed would copy all gradients into one tensor and back, also of a rank alone.
+        self.adds_up = not self.stage and not recipe.deepspeed
+        if self.adds_up:
             self.deepspeed.enable_backward_allreduce = False
         self.named = trained(objective)
         self.moments = Moments(self.deepspeed, self.named, self.stage)
@@ -199,14 +201,17 @@ class Engine:
         return self.deepspeed(*args)
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed averages over ranks; the objective already counts tokens of all ranks."""
+        """The gradients of all ranks are added up after the last micro-batch of a step; the objective
+        already counts tokens of all ranks, so what DeepSpeed averages is made a sum again."""
         sound = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         loss = loss * sound  # no gradient is finite where the loss is not
         if self.stage:
             self.deepspeed.optimizer.override_loss_scale(self.scale.value)
         else:
             loss = loss * self.scale.value
-        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+        self.deepspeed.backward(loss if self.adds_up else loss * self.world, scale_wrt_gas=False)
+        if self.adds_up and self.world > 1 and self.deepspeed.is_gradient_accumulation_boundary():
+            add_up(self.named.values())
 
     def next_part(self) -> None:
         """After all but the last micro-batch of a step."""
