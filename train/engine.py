@@ -190,8 +190,10 @@ class Engine:
         optimizer = adamw(objective, recipe.optimizer)
         made = deepspeed.initialize(model=objective, optimizer=optimizer, config=configuration(recipe, world))
         self.deepspeed: Any = made[0]
-        # Without ZeRO, DeepSpeed would copy all gradients into one tensor and back, also of a rank alone.
-        self.adds_up = not self.stage and not recipe.deepspeed
+        # Without ZeRO, DeepSpeed copies all gradients into one tensor and back, also of a rank alone: of
+        # much on a CPU, and of nothing on many GPUs, where each further call waits for every hop.
+        here = world == 1 or self.device.type == "cpu"
+        self.adds_up = here and not self.stage and not recipe.deepspeed
         if self.adds_up:
             self.deepspeed.enable_backward_allreduce = False
         self.named = trained(objective)

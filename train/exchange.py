@@ -23,8 +23,8 @@ def add_up(parameters: Iterable[nn.Parameter]) -> None:
     for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*large, *joined)]:
         work.wait()  # type: ignore[union-attr]
     for whole in joined:
-        parts = whole.split([g.numel() for g in small])
-        torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
+        for part, gradient in zip(whole.split([g.numel() for g in small]), small, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
