@@ -190,10 +190,10 @@ class Engine:
         optimizer = adamw(objective, recipe.optimizer)
         made = deepspeed.initialize(model=objective, optimizer=optimizer, config=configuration(recipe, world))
         self.deepspeed: Any = made[0]
-        # Without ZeRO, DeepSpeed copies all gradients into one tensor and back, also of a rank alone: of
-        # much on a CPU, and of nothing on many GPUs, where each further call waits for every hop.
-        here = world == 1 or self.device.type == "cpu"
-        self.adds_up = here and not self.stage and not recipe.deepspeed
+        # Without ZeRO, DeepSpeed copies all gradients into one tensor and back, also of a rank alone. On
+        # many GPUs that pays: each call waits for every hop, and one for each large gradient would be more.
+        costs = world == 1 or self.device.type == "cpu"
+        self.adds_up = costs and not self.stage and not recipe.deepspeed
         if self.adds_up:
             self.deepspeed.enable_backward_allreduce = False
         self.named = trained(objective)
