@@ -86,7 +86,9 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
             train(run, changed, ranks)
             steps[ranks].append(beside(run, options.warmup))
             if not steps[ranks][-1]:
-                raise SystemExit(f"{ranks} ranks still encoded pictures in every step: raise --steps")
+                raise SystemExit(
+                    f"no step of {ranks} ranks after the warm-up that encodes nothing: raise --steps"
+                )
     for ranks, runs in steps.items():
         print(json.dumps(row(ranks, runs)), flush=True)
     if {1, 2} <= steps.keys():
