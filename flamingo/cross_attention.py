@@ -91,13 +91,13 @@ class CrossAttention(nn.Module):
         return self.k_norm(split_heads(k, self.heads)), split_heads(v, self.heads)
 
     def queries(self, tokens: Tensor, runs: Runs) -> Tensor:
-        """float[K, W], the tokens that see an image -> float[R, H, S, D]. Runs have many lengths: what
-        is done to a token by itself is done before they are padded to the longest."""
+        """float[K, W] or more, the tokens that see an image first -> float[R, H, S, D]. Runs have many
+        lengths: what is done to a token by itself is done before they are padded to the longest."""
         return self.q_norm(split_heads(runs.spread(self.to_q(self.norm(tokens))), self.heads))
 
     def forward(self, tokens: Tensor, keys: Tensor, values: Tensor, runs: Runs) -> Tensor:
-        """float[K, W], the tokens that see an image, with keys and values float[N, H, L, D] of all
-        images -> float[K, W]."""
+        """float[K', W], the tokens of `runs.rows`, with keys and values float[N, H, L, D] of all images
+        -> float[K', W], of which the first K count."""
         queries, mask = self.queries(tokens, runs), runs.mask(keys.shape[2])
         looked = attend(queries, runs.gather(keys), runs.gather(values), mask)
         return self.to_out(runs.joined(looked))
@@ -134,8 +134,8 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         """
         flat = rearrange(hidden, "b t w -> (b t) w").to(self.attn_gate.dtype)
         if keys is not None and values is not None and len(runs):
-            looked = self.attn(flat.index_select(0, runs.source), keys, values, runs)
-            looked = looked * (self.scale * self.attn_gate.tanh())
+            looked = self.attn(flat.index_select(0, runs.rows), keys, values, runs)
+            looked = looked[: len(runs.source)] * (self.scale * self.attn_gate.tanh())
             flat = flat.index_add(0, runs.source, looked.to(flat.dtype))
         flat = flat + self.scale * self.ff_gate.tanh() * self.ff(flat)
         return flat.view_as(hidden).to(hidden.dtype)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
@@ -97,7 +98,7 @@ class Conditioning:
 
     runs: Runs | None
     media: Media | None
-    keep: Tensor | None = None  # bool[B, T]: positions whose logits are wanted (None: all)
+    keep: Tensor | None = None  # int64[M]: which of the B*T positions' logits are wanted (None: all)
     record: dict[int, Tensor] | None = None  # block -> attention weights, when asked for
     image_token: int = -1
     vectors: Tensor | None = None  # float[K, W]: what stands for the K <image> tokens, row by row
@@ -189,7 +190,8 @@ class Decoder:
         """float[B, T, W] -> float[1, M, W]: no logits that nobody reads."""
         if self.slot is None or self.slot.keep is None:
             return None
-        return (args[0][self.slot.keep][None], *args[1:])
+        flat = rearrange(args[0], "b t w -> (b t) w")
+        return (flat.index_select(0, self.slot.keep)[None], *args[1:])
 
     def _logits_hook(self, module, args, output):
         """[..., V] -> [..., first_added + A]; a padded table's unused rows fall away."""

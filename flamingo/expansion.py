@@ -11,6 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from flamingo.runtime import recurring
+
 
 @dataclass(frozen=True)
 class Expanded:
@@ -46,7 +48,8 @@ def expand(
 
     Without any padding on the left, as generation wants it. Of an image's tokens the first keeps the
     label. Padding is a segment of its own, -1, and has no label. On the right there is no more of it
-    than the longest row leaves: `last` of what is cut off is the last column.
+    than the longest row leaves, or a length of packed rows that comes again in other steps
+    (`runtime.recurring`): `last` of what is cut off is the last column.
     """
     is_image = input_ids == image_token_id
     counts = torch.where(is_image, times, 1)
@@ -54,6 +57,8 @@ def expand(
     held = _held_on_the_left(attention_mask, segment_ids)
     lengths = ends[:, -1:] if held is None else (ends * (held | is_image)).amax(dim=1, keepdim=True)
     longest = int(lengths.max())
+    if segment_ids is not None:
+        longest = recurring(longest)
     shift = longest - lengths if held is None else torch.zeros_like(lengths)
     place = torch.arange(longest, device=input_ids.device) - shift  # [B, X]
     valid = (place >= 0) & (place < lengths)

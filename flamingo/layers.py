@@ -120,12 +120,14 @@ class _TokenNLL(torch.autograd.Function):
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """float[M, V] logits, int64[M] -> float32[M], -log softmax of each target.
+    """float[M', V] logits, int64[M] -> float32[M], -log softmax of each target. What is more in the
+    logits than there are targets has no loss and no gradient.
 
     As `cross_entropy` of float32 logits, but no float32 copy of them is made as a whole: with a
     vocabulary of 50,000 the three that it makes are the largest tensors of a training step.
     """
-    return _TokenNLL.apply(logits, targets)  # type: ignore[return-value]
+    filled = F.pad(targets, (0, len(logits) - len(targets)))
+    return _TokenNLL.apply(logits, filled)[: len(targets)]  # type: ignore[index]
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

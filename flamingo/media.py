@@ -11,10 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
 from flamingo.layers import taken
+from flamingo.runtime import recurring
 
 
 def image_offsets(input_ids: Tensor, image_token_id: int) -> Tensor:
@@ -113,6 +115,14 @@ def _images_of_others(is_image: Tensor, segment_ids: Tensor | None) -> Tensor:
     return (is_image.cumsum(dim=1) - is_image).gather(1, segment_starts(segment_ids))
 
 
+def filled_up(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool[N]: int64[K], the places that are wanted; int64[K'], these and then some that are not, up
+    to a number that comes again in other steps (`runtime.recurring`) or to N."""
+    mine = wanted.nonzero().squeeze(1)
+    others = (~wanted).nonzero().squeeze(1)
+    return mine, torch.cat((mine, others[: recurring(len(mine)) - len(mine)]))
+
+
 @dataclass(frozen=True)
 class Runs:
     """Tokens grouped by the image that they see, so attention touches only its latents.
@@ -120,7 +130,8 @@ class Runs:
     image: int64[R] flat image of each run; source: int64[K], which of the B*T tokens see an image;
     member: int64[R, S] index into these K tokens, the slots beyond a run's end repeat its first
     token; slot: int64[K], which of the R*S slots is a token's own; filled: bool[R, S], slots that are
-    any token's.
+    any token's. rows, places: int64[K'], `source` and `slot` filled up to a number that comes again in
+    other steps (`runtime.recurring`), with tokens that see no image and any slot.
     """
 
     image: Tensor
@@ -128,6 +139,8 @@ class Runs:
     member: Tensor
     slot: Tensor
     filled: Tensor
+    rows: Tensor
+    places: Tensor
     images: Tensor | None = None  # int64[R, M]: all images that a run sees, -1 beyond the last
     in_order: bool = False  # run i sees image i
 
@@ -138,16 +151,15 @@ class Runs:
         since: int64[B, T], the first image that a token sees, where it sees all from there on to
         `seen` and not that one only.
         """
-        rows = torch.arange(seen.shape[0], device=seen.device)
-        source = rearrange(seen >= 0, "b t -> (b t)").nonzero().squeeze(1)  # [K]
+        source, rows = filled_up(rearrange(seen >= 0, "b t -> (b t)"))  # [K], [K']
         image = rearrange(seen, "b t -> (b t)")[source]
-        row = rearrange(rows[:, None].expand_as(seen), "b t -> (b t)")[source]
+        row = source // max(1, seen.shape[1])
         starts = torch.ones_like(image, dtype=torch.bool)  # a new row or image starts a run
         starts[1:] = (image[1:] != image[:-1]) | (row[1:] != row[:-1])
         run = starts.cumsum(0) - 1  # [K]
         first = starts.nonzero().squeeze(1)  # [R]
         place = torch.arange(len(image), device=seen.device) - first[run]
-        slots = int(place.max()) + 1 if len(place) else 0
+        slots = recurring(int(place.max()) + 1) if len(place) else 0
         member = first[:, None].repeat(1, slots)  # [R, S]
         member[run, place] = torch.arange(len(image), device=seen.device)
         filled = torch.zeros_like(member, dtype=torch.bool)
@@ -160,7 +172,9 @@ class Runs:
             images = torch.where(images <= image[first][:, None], images, -1)
         image = image[first]
         in_order = torch.equal(image, torch.arange(len(image), device=image.device))
-        return cls(image, source, member, run * slots + place, filled, images, in_order)
+        slot = run * slots + place
+        places = F.pad(slot, (0, len(rows) - len(source)))
+        return cls(image, source, member, slot, filled, rows, places, images, in_order)
 
     @property
     def token(self) -> Tensor:
@@ -168,13 +182,14 @@ class Runs:
         return self.source[self.member]
 
     def spread(self, x: Tensor) -> Tensor:
-        """float[K, W] of the tokens that see an image -> float[R, S, W]."""
-        return taken(x, self.member.flatten(), self.slot).view(*self.member.shape, -1)
+        """float[K, W] or more of the tokens that see an image, the others last -> float[R, S, W]."""
+        mine = x[: len(self.source)]
+        return taken(mine, self.member.flatten(), self.slot).view(*self.member.shape, -1)
 
     def joined(self, x: Tensor) -> Tensor:
-        """float[R, S, W] -> float[K, W]: each token from its own slot."""
+        """float[R, S, W] -> float[K', W]: each token from its own slot, the others from any."""
         flat = rearrange(x, "r s w -> (r s) w")
-        return taken(flat, self.slot, self.member.flatten(), self.filled.flatten())
+        return taken(flat, self.places, self.member.flatten(), self.filled.flatten())
 
     def gather(self, per_image: Tensor) -> Tensor:
         """float[N, H, L, D] of all images -> float[R, H, M*L, D] of those that each run sees."""

@@ -28,7 +28,7 @@ from flamingo.expansion import Expanded, expand, rows_of
 from flamingo.freezing import FrozenParts, grad_if
 from flamingo.generation import FlamingoGeneration
 from flamingo.layers import token_nll
-from flamingo.media import restarting_positions, sight
+from flamingo.media import filled_up, restarting_positions, sight
 
 
 @dataclass
@@ -316,7 +316,7 @@ class FlamingoForConditionalGeneration(
         loss, logits = None, out.logits
         if targets is not None and keep is not None:
             assert reduction in ("mean", "sum", "none"), reduction
-            nll = token_nll(logits.squeeze(0), targets[keep])
+            nll, logits = token_nll(logits[0], targets), logits[:, : len(targets)]
             loss = nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()
         elif keep is not None:
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
@@ -380,14 +380,15 @@ class FlamingoForConditionalGeneration(
 def _kept(
     input_ids: Tensor, labels: Tensor | None, logits_to_keep: int, long: Expanded | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """bool[B, T] of the positions whose logits are wanted, None: all; int64[B, T] of what they
-    predict, -100 for nothing, None without labels."""
+    """int64[M'], which of the B*T positions' logits are wanted, None: all; int64[M] of what the first
+    of them predict, the others fill up (`media.filled_up`); None without labels."""
     if labels is not None:
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        return targets != -100, targets
+        targets = rearrange(F.pad(labels[:, 1:], (0, 1), value=-100), "b t -> (b t)")
+        supervised, keep = filled_up(targets != -100)
+        return keep, targets[supervised]
     if not logits_to_keep:
         return None, None
     keep = torch.zeros_like(input_ids, dtype=torch.bool)
     last = torch.arange(input_ids.shape[1], device=input_ids.device)[-logits_to_keep:]
     last = last.expand(len(input_ids), -1) if long is None else long.last[:, -logits_to_keep:]
-    return keep.scatter_(1, last, True), None
+    return keep.scatter_(1, last, True).flatten().nonzero().squeeze(1), None

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flamingo.data.batch import IGNORE, Batch
+from flamingo.runtime import recurring
 
 
 @dataclass(frozen=True)
@@ -124,27 +126,30 @@ def packed(
 
     batches: as for `padded`; image_tokens: that the LM reads for each <image>, of which the rows hold
     one; `row_tokens` counts them all. First fit, longest first, in rows of about one length: the order of
-    documents within a step does not change its result. Raises ValueError for a document longer than a row.
+    documents within a step does not change its result. Filled up to a length that comes again in other
+    steps (`runtime.recurring`). Raises ValueError for a document longer than a row.
     """
     joined = [(number, batch) for number, batch in enumerate(batches) if batch is not None]
     rows = _level(_pieces(joined, image_token_id, image_tokens), row_tokens)
+    longest = max(sum(len(piece.ids) for piece in row) for row in rows)
+    length = max(longest, min(recurring(longest), row_tokens))
     order = [image for row in rows for piece in row for image in piece.images]
     keys = [key for _, batch in joined for key in batch.image_keys]
     frames = [count for row in rows for piece in row for count in piece.frames]
     return [
         Rows(
-            input_ids=_join([[piece.ids for piece in row] for row in rows], 0),
-            labels=_join([[piece.labels for piece in row] for row in rows], IGNORE),
-            source=_join([[torch.full_like(p.ids, p.source) for p in row] for row in rows], 0),
+            input_ids=_join([[piece.ids for piece in row] for row in rows], 0, length),
+            labels=_join([[piece.labels for piece in row] for row in rows], IGNORE, length),
+            source=_join([[torch.full_like(p.ids, p.source) for p in row] for row in rows], 0, length),
             attention_mask=None,
             segment_ids=_join(
-                [[torch.full_like(p.ids, number) for number, p in enumerate(row)] for row in rows], -1
+                [[torch.full_like(p.ids, number) for number, p in enumerate(row)] for row in rows], -1, length
             ),
             pixel_values=torch.cat([batch.pixel_values for _, batch in joined]),
             pixel_index=_pixel_index([batch for _, batch in joined])[order],
             image_keys=[keys[image] for image in order],
             look_ahead=_join(
-                [[torch.full_like(p.ids, p.ahead, dtype=torch.bool) for p in row] for row in rows], 0
+                [[torch.full_like(p.ids, p.ahead, dtype=torch.bool) for p in row] for row in rows], 0, length
             )
             if any(piece.ahead for row in rows for piece in row)
             else None,
@@ -220,7 +225,7 @@ def _first_fit(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
     return rows
 
 
-def _join(rows: list[list[Tensor]], fill: int) -> Tensor:
-    """Rows of pieces -> int64[B, T], filled up on the right."""
+def _join(rows: list[list[Tensor]], fill: int, length: int) -> Tensor:
+    """Rows of pieces -> [B, length], filled up on the right."""
     joined = [torch.cat(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=fill)
+    return torch.stack([F.pad(row, (0, length - len(row)), value=fill) for row in joined])

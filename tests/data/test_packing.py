@@ -67,6 +67,20 @@ def test_rows_are_level_so_that_few_are_filled_up():
     assert rows.input_ids.shape == (2, 12) and (rows.segment_ids >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "row_tokens", "expected"),
+    [((50,), 100, 50), ((51,), 100, 52), ((150, 147), 150, 150), ((150, 147), 160, 152), ((401,), 512, 416)],
+)
+def test_rows_have_lengths_that_come_again_but_no_longer_than_allowed(lengths, row_tokens, expected):
+    """Else each step's matrices have sizes of their own, for which libraries prepare each product anew."""
+    documents_of = batch(*("I" + "a" * (length - 1) for length in lengths))
+    (rows,) = packed([documents_of], row_tokens, IMAGE)
+    assert rows.input_ids.shape == (len(lengths), expected)
+    assert (rows.segment_ids >= 0).sum() == sum(lengths)
+    filled = rows.segment_ids < 0
+    assert (rows.labels[filled] == IGNORE).all() and len(rows.target_source) == documents_of.n_targets
+
+
 def test_images_count_with_all_tokens_that_the_lm_reads():
     """aIbIcd is 6 tokens in its row, 12 with 4 an image; Iab 3 and 6, Ic 2 and 5, efg 3."""
     (short,) = packed([CAPTIONS, TURNS], 12, IMAGE)

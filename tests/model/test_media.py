@@ -13,6 +13,7 @@ from flamingo.media import (
     restarting_positions,
     sight,
 )
+from flamingo.runtime import recurring
 
 IMAGE, PAD = 99, 0
 
@@ -175,3 +176,24 @@ def test_images_that_are_seen_one_after_the_other_are_not_gathered(seen, in_orde
     found = runs.gather(per_image)
     assert (found is per_image) == in_order
     assert torch.equal(found, per_image[runs.image])
+
+
+WIDE = [seen.repeat_interleave(13, dim=1) for seen in SIGHTS]
+
+
+@pytest.mark.parametrize("seen", [*SIGHTS, *WIDE], ids=range(2 * len(SIGHTS)))
+def test_products_are_as_tall_as_in_other_steps_filled_up_with_tokens_that_see_nothing(seen):
+    runs = Runs.of(seen)
+    count, rows = len(runs.source), runs.rows.tolist()
+    assert rows[:count] == runs.source.tolist() and len(set(rows)) == len(rows)
+    assert (seen.flatten()[runs.rows[count:]] < 0).all()
+    assert len(rows) == min(recurring(count), seen.numel())
+    assert runs.places[:count].tolist() == runs.slot.tolist() and len(runs.places) == len(rows)
+    assert runs.member.shape[1] == recurring(runs.member.shape[1])
+
+
+def test_few_sizes_are_common_and_none_is_much_larger():
+    assert [recurring(n) for n in range(33)] == list(range(33))
+    sizes = [recurring(n) for n in range(256, 513)]
+    assert len(set(sizes)) == 17 and sizes == sorted(sizes)
+    assert all(n <= size <= n * 17 / 16 for n, size in zip(range(256, 513), sizes, strict=True))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.runtime import recurring
 
 FROZEN = ("language_model.", "vision_encoder.")
 
@@ -88,6 +89,30 @@ def test_with_labels_only_the_logits_that_make_the_loss_are_made(model, ids, pix
     few = model(input_ids=ids, pixel_values=pixels, labels=labels).logits
     assert full.shape == (2, 7, 22) and few.shape == (1, 5, 22)
     torch.testing.assert_close(few[0], full[:, :-1][labels[:, 1:] != -100])
+
+
+def test_logits_that_fill_up_a_product_are_not_given_back_and_learn_nothing(model, ids, pixels):
+    """65 positions are supervised; the LM's head makes logits of 68."""
+    long, count = torch.cat((ids, ids[:, -1:].expand(-1, 53)), dim=1), 65
+    order = torch.rand(2, 59, generator=torch.Generator().manual_seed(0)).flatten().argsort()
+    kept = F.pad((order < count).view(2, 59), (1, 0))  # the first token of a row is never predicted
+    labels = torch.where(kept, long, -100)
+    heights = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: heights.append(output.shape[1]))
+    out = model(input_ids=long, pixel_values=pixels, labels=labels, reduction="none")
+    handle.remove()
+    logits = model(input_ids=long, pixel_values=pixels).logits
+    assert heights == [68] == [recurring(count)]
+    torch.testing.assert_close(out.logits[0], logits[:, :-1][labels[:, 1:] != -100])
+    ours, theirs = out.loss, by_hand(logits, labels)
+    torch.testing.assert_close(ours, theirs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(
+        *(torch.autograd.grad((nll * wanted).sum(), trained) for nll in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
