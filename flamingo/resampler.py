@@ -34,11 +34,15 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def project(self, media: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float[N, P, W], float[N, L, W] -> q [N, H, L, D], k and v [N, H, P + L, D]."""
+        """float[N, P, W], float[N or 1, L, W] -> q [N, H, L, D], k and v [N, H, P + L, D].
+
+        Latents that are the same for all images, as before the first layer, are projected once.
+        """
         latents = self.norm_latents(latents)
-        context = torch.cat((self.norm_media(media), latents), dim=1)
-        k, v = self.to_kv(context).chunk(2, dim=-1)
-        q, k = split_heads(self.to_q(latents), self.heads), split_heads(k, self.heads)
+        own = (self.to_q(latents), self.to_kv(latents))
+        q, kv = (x.expand(len(media), -1, -1) for x in own)
+        k, v = torch.cat((self.to_kv(self.norm_media(media)), kv), dim=1).chunk(2, dim=-1)
+        q, k = split_heads(q, self.heads), split_heads(k, self.heads)
         return self.q_norm(q), self.k_norm(k), split_heads(v, self.heads)
 
     def forward(self, media: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -95,7 +99,7 @@ class PerceiverResampler(nn.Module):
         """frames: int64[N], how many frames of each clip are its own (None: all); shape: rows and
         columns of the grid where they are not the config's."""
         media, mask = self.positions(grid, frames, shape)
-        latents = repeat(self.latents, "l w -> n l w", n=len(media))
+        latents = rearrange(self.latents, "l w -> 1 l w")  # of each image from the first layer on
         for attention, feed in self.layers:  # type: ignore[misc]
             latents = latents + attention(media, latents, mask)
             latents = latents + feed(latents)
@@ -164,7 +168,7 @@ class PerceiverResampler(nn.Module):
         attention to another latent counts as that latent's map.
         """
         media, mask = self.positions(grid, frames, shape)
-        latents = repeat(self.latents, "l w -> n l w", n=len(media))
+        latents = rearrange(self.latents, "l w -> 1 l w")
         places, rollout = media.shape[1], None
         for attention, feed in self.layers:  # type: ignore[misc]
             q, k, _ = attention.project(media, latents)

@@ -37,7 +37,8 @@ class Costs:
 
     token: a token in the LM and the blocks; target: its logits; pair: two tokens of one document
     that the LM's attention compares; look: a token and an image that it sees; image: one in the
-    resampler, or one clip; place: a place of its grid; picture: one in the encoder.
+    resampler, or one clip; place: a place of its grid; picture: one in the encoder; once: what is done for
+    all images together.
     again: what of `token`, `pair` and `look` is done once more where activations are recomputed;
     extra: tokens of an image in the LM's input beyond the one in its row (`fusion="prefix"`).
     """
@@ -49,6 +50,7 @@ class Costs:
     image: float
     place: float
     picture: float
+    once: float
     again: tuple[float, float, float]
     extra: int = 0
 
@@ -88,6 +90,7 @@ def step_flops(
     tokens += costs.extra * images
     total = costs.token * tokens + costs.target * targets + costs.pair * pairs + costs.look * looks
     total += costs.image * images + costs.picture * pictures + costs.place * places
+    total += costs.once if images else 0.0
     if recomputed:
         total += sum(c * n for c, n in zip(costs.again, (tokens, pairs, looks), strict=True))
     return float(total)
@@ -140,14 +143,15 @@ def _count(model: FlamingoForConditionalGeneration) -> Costs:
         again[0], again[1] = again[0] + _products(layer, text), again[1] + attended
     head = model.get_output_embeddings()
     target = _counted(head, True, text) + 3 * 2.0 * model.added_tokens.output.numel()
-    place, per_image = _resampler(model)
+    place, per_image, once = _resampler(model)
     picture = encoder_flops(model) * (3 if _trains(model.vision_encoder) else 1)
     image, extra = image + per_image, model.image_tokens - 1
-    return Costs(token, target, pair, look, image, place, picture, (again[0], again[1], again[2]), extra)
+    twice = (again[0], again[1], again[2])
+    return Costs(token, target, pair, look, image, place, picture, once, twice, extra)
 
 
-def _resampler(model: FlamingoForConditionalGeneration) -> tuple[float, float]:
-    """FLOPs of the connector in training: of a grid place, and of an image besides."""
+def _resampler(model: FlamingoForConditionalGeneration) -> tuple[float, float, float]:
+    """FLOPs of the connector in training: of a grid place, of an image besides, and of all images."""
     resampler, config = model.resampler, model.config
     if config.connector != "perceiver":  # a vector per place, or per several places
         per_vector = sum(
@@ -155,18 +159,22 @@ def _resampler(model: FlamingoForConditionalGeneration) -> tuple[float, float]:
             flops * (2 if number == 0 and not _trains(model.vision_encoder) else 3)
             for number, (flops, _) in enumerate(_linears(resampler))
         )
-        return 0.0, per_vector * resampler.count
+        return 0.0, per_vector * resampler.count, 0.0
     latents = config.resampler_latents
     inner = config.resampler_heads * config.resampler_head_dim
     # The projection's input is the frozen encoder's, which wants no gradient.
     place = _products(resampler.project) * (3 if _trains(model.vision_encoder) else 2)
-    image = 3.0 * resampler.count * _products(resampler.norm)  # to another width
-    for attention, feed in resampler.layers:  # type: ignore[misc]
-        keys = _products(attention.to_kv) + 4.0 * latents * inner
-        place += 3 * keys
-        rest = _products(attention.to_q) + _products(attention.to_out) + _products(feed)
-        image += 3 * latents * (rest + keys)
-    return place, image
+    image, once = 3.0 * resampler.count * _products(resampler.norm), 0.0  # to another width
+    for number, (attention, feed) in enumerate(resampler.layers):  # type: ignore[misc]
+        looked = 4.0 * latents * inner
+        place += 3 * (_products(attention.to_kv) + looked)
+        own = _products(attention.to_q) + _products(attention.to_kv)
+        image += 3 * latents * (_products(attention.to_out) + _products(feed) + looked)
+        if number:
+            image += 3 * latents * own
+        else:  # the first layer's latents are the same for all images
+            once += 3 * latents * own
+    return place, image, once
 
 
 @torch.no_grad()

@@ -212,11 +212,13 @@ def test_rows_grow_by_what_they_hold_and_not_by_their_padding() -> None:
 
 
 def test_packed_rows_are_expanded_to_a_length_that_comes_again() -> None:
-    rows = torch.tensor([[IMAGE, *range(5, 35)]])  # 35 tokens with 5 an image
-    long = expand(rows, IMAGE, 5, segment_ids=torch.zeros_like(rows), labels=rows)
+    rows = torch.tensor([[IMAGE, *[5] * 30]])  # 35 tokens with 5 an image
+    long = expand(
+        rows, IMAGE, 5, segment_ids=torch.zeros_like(rows), labels=rows.masked_fill(rows == IMAGE, -100)
+    )
     assert long.segment_ids is not None and long.labels is not None
     assert long.segment_ids.tolist() == [[0] * 35 + [-1]]
-    assert long.labels.tolist() == [[IMAGE, *[-100] * 4, *range(5, 35), -100]]
+    assert long.labels.tolist() == [[-100, *[-100] * 4, *[5] * 30, -100]]
     assert long.last.tolist() == [list(range(4, 35))]
     assert expand(rows, IMAGE, 5).input_ids.shape == (1, 35)
 
