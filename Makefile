@@ -50,7 +50,7 @@ test-slow: $(STAMP)
 bench: $(STAMP)
 	@echo "Three measurements of up to 8 minutes each; nothing else should run on this machine."
 	@$(BIN)/flamingo backbones data/backbones
-	@$(BIN)/python -m benchmarks.train opponent
+	@$(BIN)/python -m benchmarks.train opponent --warmup 8 --rounds 9
 	@$(BIN)/python -m benchmarks.train savings
 	@$(BIN)/python -m benchmarks.step_rate
 
