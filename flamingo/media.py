@@ -119,8 +119,10 @@ def filled_up(wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Of bool[N]: int64[K], the places that are wanted; int64[K'], these and then some that are not, up
     to a number that comes again in other steps (`runtime.recurring`) or to N."""
     mine = wanted.nonzero().squeeze(1)
-    others = (~wanted).nonzero().squeeze(1)
-    return mine, torch.cat((mine, others[: recurring(len(mine)) - len(mine)]))
+    missing = recurring(len(mine)) - len(mine)
+    if not missing:  # as for each new token of a generation: nothing more to look for
+        return mine, mine
+    return mine, torch.cat((mine, (~wanted).nonzero().squeeze(1)[:missing]))
 
 
 @dataclass(frozen=True)

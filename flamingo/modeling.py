@@ -388,7 +388,7 @@ def _kept(
         return keep, targets[supervised]
     if not logits_to_keep:
         return None, None
-    keep = torch.zeros_like(input_ids, dtype=torch.bool)
     last = torch.arange(input_ids.shape[1], device=input_ids.device)[-logits_to_keep:]
     last = last.expand(len(input_ids), -1) if long is None else long.last[:, -logits_to_keep:]
-    return keep.scatter_(1, last, True).flatten().nonzero().squeeze(1), None
+    row = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+    return (row * input_ids.shape[1] + last).flatten(), None

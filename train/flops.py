@@ -165,8 +165,8 @@ def _resampler(model: FlamingoForConditionalGeneration) -> tuple[float, float, f
     # The projection's input is the frozen encoder's, which wants no gradient.
     place = _products(resampler.project) * (3 if _trains(model.vision_encoder) else 2)
     image, once = 3.0 * resampler.count * _products(resampler.norm), 0.0  # to another width
+    looked = 4.0 * latents * inner
     for number, (attention, feed) in enumerate(resampler.layers):  # type: ignore[misc]
-        looked = 4.0 * latents * inner
         place += 3 * (_products(attention.to_kv) + looked)
         own = _products(attention.to_q) + _products(attention.to_kv)
         image += 3 * latents * (_products(attention.to_out) + _products(feed) + looked)

@@ -132,7 +132,7 @@ def packed(
     joined = [(number, batch) for number, batch in enumerate(batches) if batch is not None]
     rows = _level(_pieces(joined, image_token_id, image_tokens), row_tokens)
     longest = max(sum(len(piece.ids) for piece in row) for row in rows)
-    length = max(longest, min(recurring(longest), row_tokens))
+    length = min(recurring(longest), row_tokens)
     order = [image for row in rows for piece in row for image in piece.images]
     keys = [key for _, batch in joined for key in batch.image_keys]
     frames = [count for row in rows for piece in row for count in piece.frames]
