@@ -108,7 +108,7 @@ class AllLogits(Objective):
         logits = rearrange(out.logits.float(), "b t v -> (b t) v")
         nll = F.cross_entropy(logits, rearrange(labels, "b t -> (b t)"), reduction="none")
         kept = rearrange(labels != -100, "b t -> (b t)")
-        return nll[kept], logits[kept]
+        return nll[kept], logits[None, kept]
 
 
 def load(

@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock, Media
 from flamingo.media import Runs
+from flamingo.nll import head_nll
 
 
 def find_decoder_layers(language_model: nn.Module) -> nn.ModuleList:
@@ -102,6 +104,9 @@ class Conditioning:
     record: dict[int, Tensor] | None = None  # block -> attention weights, when asked for
     image_token: int = -1
     vectors: Tensor | None = None  # float[K, W]: what stands for the K <image> tokens, row by row
+    targets: Tensor | None = None  # int64[M]: what kept positions predict, for `nll` in place of logits
+    nll: Tensor | None = None  # float32[M], by the hooks
+    kept: Tensor | None = None  # float[M', W]: what goes into the head for it
 
 
 class Decoder:
@@ -110,7 +115,7 @@ class Decoder:
     def __init__(self, config: FlamingoConfig, model: nn.Module, positions: Sequence[int]):
         """model: what holds language_model, gated_blocks and added_tokens, by these names; positions:
         the LM layer that each block stands before."""
-        self.first_added = config.first_added_token_id
+        self.first_added, self.text_config = config.first_added_token_id, config.get_text_config()
         self.model: Any = model
         language_model = self.model.language_model
         self.slot: Conditioning | None = None
@@ -135,6 +140,23 @@ class Decoder:
     @property
     def added(self) -> AddedTokens:
         return self.model.added_tokens
+
+    @cached_property
+    def hands_on_logits(self) -> bool:
+        """Whether the LM gives the logits of its head as they are: some cap or scale them.
+
+        Asked of its class, without weights; False where that cannot run without numbers.
+        """
+        given: list[Tensor] = []
+        try:
+            with torch.device("meta"), torch.no_grad():
+                language_model = AutoModelForCausalLM.from_config(self.text_config, trust_remote_code=False)
+                head = language_model.get_output_embeddings()
+                head.register_forward_hook(lambda module, args, output: given.append(output))
+                out = language_model(torch.zeros(1, 2, dtype=torch.int64))
+        except Exception:  # whatever a family's code raises on tensors that are shapes only
+            return False
+        return any(out.logits is logits for logits in given)
 
     @contextmanager
     def conditioned(self, conditioning: Conditioning) -> Iterator[Conditioning]:
@@ -187,15 +209,29 @@ class Decoder:
         return (hidden, *args[1:]), kwargs
 
     def _keep_hook(self, module, args):
-        """float[B, T, W] -> float[1, M, W]: no logits that nobody reads."""
-        if self.slot is None or self.slot.keep is None:
+        """float[B, T, W] -> float[1, M, W]: no logits that nobody reads; none at all where the NLL of
+        targets is asked for."""
+        slot = self.slot
+        if slot is None or slot.keep is None:
             return None
-        flat = rearrange(args[0], "b t w -> (b t) w")
-        return (flat.index_select(0, self.slot.keep)[None], *args[1:])
+        kept = rearrange(args[0], "b t w -> (b t) w").index_select(0, slot.keep)
+        if slot.targets is not None:
+            slot.kept, kept = kept, kept[:0]
+        return (kept[None], *args[1:])
 
     def _logits_hook(self, module, args, output):
         """[..., V] -> [..., first_added + A]; a padded table's unused rows fall away."""
-        if self.slot is None:
+        slot = self.slot
+        if slot is None:
+            return None
+        if slot.kept is not None and slot.targets is not None:  # here a head in pieces is whole
+            added = self.added(slot.kept)
+            slot.nll = head_nll(partial(self._words, module), slot.kept, added, slot.targets)
+            slot.kept = None
             return None
         extra = self.added(args[0])
         return torch.cat((output[..., : self.first_added], extra.to(output.dtype)), dim=-1)
+
+    def _words(self, head: nn.Module, rows: Tensor) -> Tensor:
+        """float[P, W] -> float[P, first_added], logits without those of the added tokens."""
+        return head.forward(rows[None])[0, :, : self.first_added]

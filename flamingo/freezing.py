@@ -58,6 +58,14 @@ class FrozenParts:
                 modules["output_embeddings"] = head
         return modules
 
+    @property
+    def skips_logits(self) -> bool:
+        """Whether `skip_logits` of the forward pass saves something: a frozen head, whose logits the
+        LM gives as they are."""
+        model: Any = self
+        trained = any(weight.requires_grad for weight in model.get_output_embeddings().parameters())
+        return not trained and model._decoder.hands_on_logits
+
     def train(self, mode: bool = True):
         """Frozen means frozen: the encoder and the LM stay in eval mode (no dropout), but for the
         dropout of adapters in the LM (PEFT's LoRA)."""

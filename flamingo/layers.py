@@ -93,43 +93,6 @@ def taken(x: Tensor, index: Tensor, back: Tensor, counts: Tensor | None = None) 
     return _Taken.apply(x, index, back, counts)  # type: ignore[return-value]
 
 
-NLL_ROWS = 64  # positions whose float32 logits exist at one time
-
-
-class _TokenNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        index = targets[:, None]
-        parts = zip(logits.split(NLL_ROWS), index.split(NLL_ROWS), strict=True)
-        nll = [-part.log_softmax(dim=-1, dtype=torch.float32).gather(1, wanted) for part, wanted in parts]
-        found = torch.cat(nll)[:, 0] if nll else logits.new_zeros(0, dtype=torch.float32)
-        total = found + logits.gather(1, index)[:, 0].float()
-        ctx.save_for_backward(logits, targets, total)
-        return found
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, targets, total = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        parts = (tensor.split(NLL_ROWS) for tensor in (logits, targets, total, grads[0], out))
-        for rows, wanted, sums, grad, into in zip(*parts, strict=True):
-            shares = (rows.float() - sums[:, None]).exp_()
-            shares[torch.arange(len(rows), device=rows.device), wanted] -= 1
-            into.copy_(shares.mul_(grad[:, None]))
-        return out, None
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """float[M', V] logits, int64[M] -> float32[M], -log softmax of each target. What is more in the
-    logits than there are targets has no loss and no gradient.
-
-    As `cross_entropy` of float32 logits, but no float32 copy of them is made as a whole: with a
-    vocabulary of 50,000 the three that it makes are the largest tensors of a training step.
-    """
-    filled = F.pad(targets, (0, len(logits) - len(targets)))
-    return _TokenNLL.apply(logits, filled)[: len(targets)]  # type: ignore[index]
-
-
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """The weights that `attend` uses, averaged over heads: float32[N, Q, K], rows sum to 1."""
     scores = torch.einsum("nhqd,nhkd->nhqk", q.float(), k.float()) * q.shape[-1] ** -0.5

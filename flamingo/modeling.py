@@ -27,14 +27,14 @@ from flamingo.decoder import AddedTokens, Decoder
 from flamingo.expansion import Expanded, expand, rows_of
 from flamingo.freezing import FrozenParts, grad_if
 from flamingo.generation import FlamingoGeneration
-from flamingo.layers import token_nll
 from flamingo.media import filled_up, restarting_positions, sight
+from flamingo.nll import loss_of
 
 
 @dataclass
 class FlamingoOutput(ModelOutput):
-    """loss: float[] mean over supervised tokens, float[M] with reduction="none";
-    logits: float[B, T, V], or float[1, M, V] of the supervised positions when labels are given."""
+    """loss: float[] mean over supervised tokens, float[M] with reduction="none"; logits: float[B, T, V],
+    or float[1, M, V] of the supervised positions when labels are given (None: `skip_logits`)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -264,6 +264,7 @@ class FlamingoForConditionalGeneration(
         labels: Tensor | None = None,
         reduction: str = "mean",
         logits_to_keep: int = 0,
+        skip_logits: bool = False,
         cache: Any = None,
         **kwargs,
     ) -> FlamingoOutput:
@@ -278,9 +279,9 @@ class FlamingoForConditionalGeneration(
         of each token where rows are packed (instead of attention_mask and position_ids; see
         `packs`); labels: int64[B, T], -100 where nothing is predicted, shifted inside; reduction:
         "mean", "sum" or "none" (float[M], row by row); logits_to_keep: without labels, logits of
-        so many last positions only (0: of all), as in transformers; cache: the LM's cache,
-        which holds the images too: new tokens see those before them.
-        Other arguments go to the LM. Raises ValueError for images that do not match the tokens.
+        so many last positions only (0: all); skip_logits: with labels, a model that `skips_logits` makes
+        them a few at a time for the loss alone; cache: the LM's cache, which holds the images too: new
+        tokens see those before. The LM gets the rest. Raises ValueError for images without their tokens.
         """
         if input_ids is None:
             raise ValueError("input_ids is missing: a Flamingo finds its images by their tokens")
@@ -309,15 +310,15 @@ class FlamingoForConditionalGeneration(
             kwargs["position_ids"] = position_ids
         if cache is not None:
             kwargs["cache"] = cache
-        with self._decoder.conditioned(self._fusion.conditioning(media, input_ids, seen, since, keep)):
+        slot = self._fusion.conditioning(media, input_ids, seen, since, keep)
+        slot.targets = targets if skip_logits and self.skips_logits else None
+        with self._decoder.conditioned(slot):
             out = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if self._fusion.kept:
             SightLayer.keep(out.cache, media, seen, since)
         loss, logits = None, out.logits
-        if targets is not None and keep is not None:
-            assert reduction in ("mean", "sum", "none"), reduction
-            nll, logits = token_nll(logits[0], targets), logits[:, : len(targets)]
-            loss = nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()
+        if targets is not None:
+            loss, logits = loss_of(slot.nll, logits, targets, reduction)
         elif keep is not None:
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
         elif long is not None:

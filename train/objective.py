@@ -51,8 +51,8 @@ class Objective(nn.Module):
             source = rows.target_source
             nll, logits = self._nll(rows, blank)
             sums.index_add_(0, source, nll.detach().double())
-            if self.z_loss:
-                nll = nll + self.z_loss * torch.logsumexp(logits.float(), dim=-1).square()
+            if self.z_loss and logits is not None:
+                nll = nll + self.z_loss * torch.logsumexp(logits[0].float(), dim=-1).square()
             loss = loss + (nll * share[source]).sum()
         if torch.is_grad_enabled():
             # What no row of this rank uses still takes part in every reduction.
@@ -68,8 +68,8 @@ class Objective(nn.Module):
         wanted = (p for p in self.parameters() if p.requires_grad and not hasattr(p, "ds_id"))
         return [p for p in wanted if id(p) not in sure]
 
-    def _nll(self, rows: Rows, blank: bool) -> tuple[Tensor, Tensor]:
-        """NLL of each target, row by row: float32[M]; and its logits, float[M, V]."""
+    def _nll(self, rows: Rows, blank: bool) -> tuple[Tensor, Tensor | None]:
+        """NLL of each target, row by row: float32[M]; and for z-loss its logits, float[1, M, V]."""
         device = self.model.device
         if not rows.image_keys:
             # Under ZeRO-3 all ranks must run the same modules: a picture that no target sees.
@@ -85,8 +85,9 @@ class Objective(nn.Module):
                 media=self.model.media(grids=_by_clip(grids, rows.frames), frames=rows.frames),
                 labels=rows.labels,
                 reduction="none",
+                skip_logits=not self.z_loss,
             )
-        return out.loss, out.logits[0]
+        return out.loss, out.logits
 
 
 def _by_clip(grids: Tensor, frames: Tensor | None) -> Tensor:

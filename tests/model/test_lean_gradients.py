@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flamingo.attention import plain_attention
-from flamingo.layers import NLL_ROWS, token_nll
+from flamingo.nll import NLL_ROWS, token_nll
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 

@@ -1,0 +1,134 @@
+"""Where only the loss is wanted, a frozen head gives it without the logits of all targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flamingo.nll import HEAD_ROWS, head_nll
+
+CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+WORDS = 13
+
+
+def frozen_head(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(6, WORDS, bias=False, dtype=dtype).requires_grad_(False)
+
+
+def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """What goes into the head, and logits of two added tokens."""
+    return tuple((2 * torch.randn(rows, n)).to(dtype).requires_grad_() for n in (6, 2))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("fill", [0, 3])
+@pytest.mark.parametrize("count", [0, 1, HEAD_ROWS, 2 * HEAD_ROWS + 3])
+def test_it_is_cross_entropy_of_the_heads_and_the_added_logits(count, fill):
+    head, (hidden, added) = frozen_head(), inputs(count + fill)
+    targets, weights = torch.randint(WORDS + 2, (count,)), torch.randn(count)
+    ours = head_nll(head, hidden, added, targets)
+    logits = torch.cat((head(hidden), added), dim=1)[:count]
+    theirs = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    found, wanted = (torch.autograd.grad((nll * weights).sum(), (hidden, added)) for nll in (ours, theirs))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert not any(grad[count:].any() for grad in found)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    head, (hidden, added) = frozen_head(torch.bfloat16), inputs(50, torch.bfloat16)
+    targets = torch.randint(WORDS + 2, (50,))
+    ours = head_nll(head, hidden, added, targets)
+    theirs = F.cross_entropy(torch.cat((head(hidden), added), dim=1).float(), targets, reduction="none")
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    found, wanted = (torch.autograd.grad(nll.sum(), (hidden, added)) for nll in (ours, theirs))
+    assert [grad.dtype for grad in found] == [torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.02)
+
+
+def test_no_more_than_a_part_of_the_logits_is_made_at_one_time():
+    sizes = []
+    head = frozen_head()
+
+    def watched(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return head(rows)
+
+    hidden, added = inputs(3 * HEAD_ROWS)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        nll = head_nll(watched, hidden, added, torch.zeros(len(hidden), dtype=torch.int64))
+    assert sizes == [HEAD_ROWS] * 3
+    assert max(x.numel() for x in kept) == hidden.numel()  # gradients of what went in, no logits
+    nll.sum().backward()
+    assert len(sizes) == 3
+
+
+def test_without_gradients_none_are_made():
+    head, (hidden, added) = frozen_head(), inputs(5)
+    targets = torch.arange(5)
+    with torch.no_grad():
+        quiet = head_nll(head, hidden, added, targets)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, head_nll(head, hidden, added, targets).detach())
+
+
+# -- in the model ------------------------------------------------------------------------------
+
+HAND_ON = {"llama": {"num_key_value_heads": 2}, "qwen3": {"num_key_value_heads": 2, "head_dim": 8}, "opt": {}}
+CHANGE = {
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},  # caps
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 4.0},
+    "cohere": {"num_key_value_heads": 2, "logit_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", HAND_ON)
+def test_an_lm_that_gives_its_heads_logits_skips_them(build, family):
+    assert build(family, lm=HAND_ON[family]).skips_logits
+
+
+@pytest.mark.parametrize("family", CHANGE)
+def test_an_lm_that_caps_or_scales_its_logits_does_not_skip_them(build, family):
+    assert not build(family, lm=CHANGE[family]).skips_logits
+
+
+def learned(model, ids, pixels, skip: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], object]:
+    """NLL of each target, gradients by name, logits."""
+    model.zero_grad()
+    labels = ids.masked_fill(ids == ids[0, 0], -100)
+    out = model(
+        input_ids=ids, pixel_values=pixels, labels=labels, reduction="none", skip_logits=skip, use_cache=False
+    )
+    (out.loss * torch.arange(1.0, len(out.loss) + 1)).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return out.loss.detach(), grads, out.logits
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "prefix"])
+@pytest.mark.parametrize("family", [*HAND_ON, *CHANGE, "gpt2"])
+def test_loss_and_gradients_are_those_with_logits(build, ids, pixels, family, fusion):
+    model = build(family, lm={**HAND_ON, **CHANGE}.get(family), fusion=fusion)
+    (skipped, found, none), (whole, wanted, logits) = (
+        learned(model, ids, pixels, skip) for skip in (True, False)
+    )
+    assert (none is None) == model.skips_logits and logits is not None
+    torch.testing.assert_close(skipped, whole, atol=1e-5, rtol=1e-5)
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_a_head_that_is_trained_gets_its_gradient(build, ids, pixels):
+    model = build()
+    model.unfreeze("embeddings")
+    _, found, logits = learned(model, ids, pixels, skip=True)
+    assert not model.skips_logits and logits is not None
+    assert found["language_model.lm_head.weight"].any()
+
+
+def test_asking_an_lm_what_it_does_to_its_logits_draws_no_random_number(build):
+    model, before = build(), torch.get_rng_state()
+    assert model.skips_logits and torch.equal(before, torch.get_rng_state())
