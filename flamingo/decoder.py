@@ -234,4 +234,6 @@ class Decoder:
 
     def _words(self, head: nn.Module, rows: Tensor) -> Tensor:
         """float[P, W] -> float[P, first_added], logits without those of the added tokens."""
-        return head.forward(rows[None])[0, :, : self.first_added]
+        logits = head.forward(rows[None]).squeeze(0)
+        # Backwards a cut is a copy into zeros, also where nothing is cut off.
+        return logits if logits.shape[1] == self.first_added else logits[:, : self.first_added]
