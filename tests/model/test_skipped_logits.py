@@ -107,18 +107,22 @@ def learned(model, ids, pixels, skip: bool) -> tuple[torch.Tensor, dict[str, tor
     return out.loss.detach(), grads, out.logits
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "prefix"])
-@pytest.mark.parametrize("family", [*HAND_ON, *CHANGE, "gpt2"])
+BETWEEN = [(family, "cross_attention") for family in (*HAND_ON, *CHANGE, "gpt2")]
+
+
+@pytest.mark.parametrize(("family", "fusion"), [*BETWEEN, ("llama", "prefix"), ("granite", "prefix")])
 def test_loss_and_gradients_are_those_with_logits(build, ids, pixels, family, fusion):
-    model = build(family, lm={**HAND_ON, **CHANGE}.get(family), fusion=fusion)
+    model = build(
+        family, lm={**HAND_ON, **CHANGE}.get(family), fusion=fusion
+    ).double()  # or rounding hides much
     (skipped, found, none), (whole, wanted, logits) = (
-        learned(model, ids, pixels, skip) for skip in (True, False)
+        learned(model, ids, pixels.double(), skip) for skip in (True, False)
     )
     assert (none is None) == model.skips_logits and logits is not None
-    torch.testing.assert_close(skipped, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(skipped, whole, **CLOSE)
     assert found.keys() == wanted.keys()
     for name, grad in wanted.items():
-        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+        assert (found[name] - grad).norm() <= 2e-6 * grad.norm(), name
 
 
 def test_a_head_that_is_trained_gets_its_gradient(build, ids, pixels):
