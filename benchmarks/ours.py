@@ -94,7 +94,7 @@ class MaskedBlock(GatedCrossAttentionBlock):
 class AllLogits(Objective):
     """The objective of a plain loop: logits of every position, of which the supervised are kept."""
 
-    def _nll(self, rows: Rows, blank: bool) -> tuple[Tensor, Tensor]:
+    def _nll(self, rows: Rows, blank: bool) -> tuple[Tensor, None]:
         grids = self.cache.grids(rows)
         with torch.autocast(self.model.device.type, self.autocast, enabled=self.autocast != torch.float32):
             out = self.model(
@@ -108,7 +108,7 @@ class AllLogits(Objective):
         logits = rearrange(out.logits.float(), "b t v -> (b t) v")
         nll = F.cross_entropy(logits, rearrange(labels, "b t -> (b t)"), reduction="none")
         kept = rearrange(labels != -100, "b t -> (b t)")
-        return nll[kept], logits[None, kept]
+        return nll[kept], None
 
 
 def load(

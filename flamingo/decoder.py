@@ -8,6 +8,7 @@ B rows, T tokens, W LM width, V LM vocabulary, A added tokens, M kept positions.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class Decoder:
     def __init__(self, config: FlamingoConfig, model: nn.Module, positions: Sequence[int]):
         """model: what holds language_model, gated_blocks and added_tokens, by these names; positions:
         the LM layer that each block stands before."""
-        self.first_added, self.text_config = config.first_added_token_id, config.get_text_config()
+        self.first_added = config.first_added_token_id
         self.model: Any = model
         language_model = self.model.language_model
         self.slot: Conditioning | None = None
@@ -148,9 +149,13 @@ class Decoder:
         Asked of its class, without weights; False where that cannot run without numbers.
         """
         given: list[Tensor] = []
+        config = copy.deepcopy(self.model.config.get_text_config())  # `from_config` writes into it
         try:
             with torch.device("meta"), torch.no_grad():
-                language_model = AutoModelForCausalLM.from_config(self.text_config, trust_remote_code=False)
+                # The LM's own way to attend may look at numbers.
+                language_model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation="eager", trust_remote_code=False
+                )
                 head = language_model.get_output_embeddings()
                 head.register_forward_hook(lambda module, args, output: given.append(output))
                 out = language_model(torch.zeros(1, 2, dtype=torch.int64))

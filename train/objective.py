@@ -51,7 +51,8 @@ class Objective(nn.Module):
             source = rows.target_source
             nll, logits = self._nll(rows, blank)
             sums.index_add_(0, source, nll.detach().double())
-            if self.z_loss and logits is not None:
+            if self.z_loss:
+                assert logits is not None, "z-loss asks for logits"
                 nll = nll + self.z_loss * torch.logsumexp(logits[0].float(), dim=-1).square()
             loss = loss + (nll * share[source]).sum()
         if torch.is_grad_enabled():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flamingo.attention import attend_plainly
 from flamingo.nll import HEAD_ROWS, head_nll
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
@@ -90,6 +91,13 @@ def test_an_lm_that_gives_its_heads_logits_skips_them(build, family):
     assert build(family, lm=HAND_ON[family]).skips_logits
 
 
+def test_the_way_in_which_an_lm_attends_does_not_matter(build):
+    model = build()
+    attend_plainly(model.language_model)
+    assert model.skips_logits
+    assert model.language_model.config._attn_implementation == "plain"
+
+
 @pytest.mark.parametrize("family", CHANGE)
 def test_an_lm_that_caps_or_scales_its_logits_does_not_skip_them(build, family):
     assert not build(family, lm=CHANGE[family]).skips_logits
@@ -112,9 +120,8 @@ BETWEEN = [(family, "cross_attention") for family in (*HAND_ON, *CHANGE, "gpt2")
 
 @pytest.mark.parametrize(("family", "fusion"), [*BETWEEN, ("llama", "prefix"), ("granite", "prefix")])
 def test_loss_and_gradients_are_those_with_logits(build, ids, pixels, family, fusion):
-    model = build(
-        family, lm={**HAND_ON, **CHANGE}.get(family), fusion=fusion
-    ).double()  # or rounding hides much
+    model = build(family, lm={**HAND_ON, **CHANGE}.get(family), fusion=fusion)
+    model.double()  # so that rounding hides nothing
     (skipped, found, none), (whole, wanted, logits) = (
         learned(model, ids, pixels.double(), skip) for skip in (True, False)
     )

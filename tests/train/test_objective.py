@@ -205,6 +205,17 @@ def test_without_gradients_the_loss_is_the_same(objective, make_batch):
     assert objective(given, counts)[0].item() == pytest.approx(quiet.item())
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+def test_the_head_makes_logits_of_all_targets_for_the_z_loss_only(model, make_batch, z_loss):
+    objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.float32, z_loss)
+    batch, made = make_batch([6, 7], [1, 2]), []
+    head = model.get_output_embeddings()
+    watching = head.register_forward_hook(lambda module, args, output: made.append(output.shape[1]))
+    objective(passes({"captions": batch}), counts_of("captions", batch.n_targets))
+    watching.remove()
+    assert len(made) == 1 and (made[0] >= batch.n_targets if z_loss else made[0] == 0)
+
+
 def test_under_autocast_weights_and_gradients_stay_float32(model, make_batch):
     objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.bfloat16)
     batch = make_batch([6], [1])
