@@ -17,36 +17,37 @@ from typing import Any
 import torch
 
 from flamingo.data.steps import StepBatches
+from flamingo.runtime import dtype_of
 from flamingo.train import session
 from flamingo.train.__main__ import main
 from flamingo.train.flops import product_seconds
 
-SIDE = 8192 if torch.cuda.is_available() else 2048  # of bfloat16 matrices: large enough for the peak
+SIDE = 8192 if torch.cuda.is_available() else 2048  # of matrices: large enough for the peak
 PRODUCTS = 3
 HELD = ("flops", "tokens", "targets", "images")
 
 
 @lru_cache(maxsize=1)
-def matrix(device: torch.device) -> torch.Tensor:
-    """bfloat16[SIDE, SIDE], multiplied once already: libraries load at their first call."""
-    drawn = torch.randn(SIDE, SIDE, device=device).to(torch.bfloat16)
+def matrix(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[SIDE, SIDE], multiplied once already: libraries load at their first call."""
+    drawn = torch.randn(SIDE, SIDE, device=device).to(dtype)
     product_seconds(drawn)
     return drawn
 
 
-def peak(device: torch.device) -> float:
-    """FLOP/s of bfloat16 products on this rank's device or cores, just now."""
-    a = matrix(device)
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of products in the recipe's arithmetic on this rank's device or cores, just now."""
+    a = matrix(device, dtype)
     return 2.0 * SIDE**3 * PRODUCTS / sum(product_seconds(a) for _ in range(PRODUCTS))
 
 
 class Measured(session.Trainer):
     def train_step(self, step: int, batches: StepBatches) -> dict[str, Any]:
-        device = self.engine.device
-        before, began = peak(device), time.perf_counter()
+        device, dtype = self.engine.device, dtype_of(self.recipe.autocast)
+        before, began = peak(device, dtype), time.perf_counter()
         record = super().train_step(step, batches)  # it ends with numbers that all ranks have added up
         seconds = time.perf_counter() - began
-        line = {"step": step + 1, "seconds": seconds, "peak": (before + peak(device)) / 2}
+        line = {"step": step + 1, "seconds": seconds, "peak": (before + peak(device, dtype)) / 2}
         line |= {name: record[name] for name in HELD}
         line["pictures"] = sum(len(batch.pixel_values) for part in batches.values() for batch in part)
         with (self.recipe.run / f"beside-{self.dataset.rank}.jsonl").open("a") as file:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from flamingo.attention import attend_plainly
 from flamingo.eval.benchmarks import easy_vqa
 from flamingo.eval.few_shot import Prompt, Setting, build, choose_shots, limited
 from flamingo.eval.predictor import Predictor
+from flamingo.folders import load_model
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import short_attention, tune_cpu
@@ -31,11 +31,7 @@ def prompts(shots: int, answers: int, seed: int = 0) -> list[Prompt]:
 
 
 def load(folder: Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
-    if torch.cuda.is_available():
-        model.to("cuda")  # type: ignore[arg-type]
-    attend_plainly(model.language_model)
-    return model, FlamingoProcessor.from_pretrained(folder)  # type: ignore[return-value]
+    return load_model(folder), FlamingoProcessor.from_pretrained(folder)  # type: ignore[return-value]
 
 
 def seconds_per_answer(model: Any, processor: Any, asked: Sequence[Prompt]) -> float:

@@ -76,6 +76,7 @@ def load(
     every: int,
     depth: int,
     tuned: bool,
+    precision: str = "amp_bf16",
 ) -> nn.Module:
     """Its Flamingo on a frozen LM, as its `create_model_and_transforms` makes one.
 
@@ -96,10 +97,11 @@ def load(
     extend_instance(lm, FlamingoLMMixin)
     lm.set_decoder_layers_attr_name(layers)
     lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if tuned:
+    if tuned and precision != "fp32":
         lm.to(torch.bfloat16)
         lm.get_input_embeddings().to(torch.float32)
         encoder.to(torch.bfloat16)
+    if tuned:
         attend_plainly(lm)
     ids = tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>"])
     tower = types.SimpleNamespace(visual=Encoder(encoder))

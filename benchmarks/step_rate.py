@@ -4,9 +4,10 @@
 
 Trains the quickstart recipe with `flamingo train`'s own ranks, in turn one with all cores and two with half
 of them each, and takes the steps that encode no picture, after the grids of all are held (the shards are
-small, so that this is soon). FLOPs are the model's (`flamingo.train.flops`). The peak is that of bfloat16
-products on all cores, measured before and after every step (`benchmarks.beside_peak`): the share is each
-step's own, and the median counts. Prints one line of JSON per number of ranks and one that compares them.
+small, so that this is soon). FLOPs are the model's (`flamingo.train.flops`). The peak is that of products
+in the run's arithmetic (bfloat16, or float32 where the processor has none) on all cores, measured before and
+after every step (`benchmarks.beside_peak`): the share is each step's own, and the median counts. Prints one
+line of JSON per number of ranks and one that compares them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flamingo.quickstart import RECIPE, backbones, shards
 from flamingo.runtime import cores
@@ -85,12 +88,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
             run = scratch / f"ranks-{ranks}-{number}"
             train(run, changed, ranks)
             steps[ranks].append(beside(run, options.warmup))
+            arithmetic = yaml.safe_load((run / "recipe.yaml").read_text())["autocast"]
             if not steps[ranks][-1]:
                 raise SystemExit(
                     f"no step of {ranks} ranks after the warm-up that encodes nothing: raise --steps"
                 )
     for ranks, runs in steps.items():
-        print(json.dumps(row(ranks, runs)), flush=True)
+        print(json.dumps({**row(ranks, runs), "arithmetic": arithmetic}), flush=True)
     if {1, 2} <= steps.keys():
         print(json.dumps(compared(steps[1], steps[2])))
 

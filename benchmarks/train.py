@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks import mixture, opponent, ours
 from benchmarks.workers import Worker
-from flamingo.runtime import quiet_libraries
+from flamingo.runtime import arithmetic, quiet_libraries
 
 WEIGHTS = (0.2, 1.0)  # captions, documents: OpenFlamingo's loss multipliers
 
@@ -44,9 +44,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="that are counted")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before: fresh memory is slow")
     parser.add_argument("--together", type=int, default=4, help="sides in memory at a time, 2 or more")
-    parser.add_argument("--precision", choices=["amp_bf16", "fp32"], default="amp_bf16")
+    parser.add_argument("--precision", choices=["amp_bf16", "fp32"], help="default: what is faster here")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(given)
+    options.precision = options.precision or ("amp_bf16" if arithmetic() == "bfloat16" else "fp32")
     if options.rounds < 1 or options.together < 2:
         parser.error("--rounds must be at least 1, --together at least 2")
     return options
@@ -66,10 +67,11 @@ def architecture(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_side(options: argparse.Namespace, savings: ours.Savings) -> ours.Ours:
+    autocast = torch.bfloat16 if options.precision == "amp_bf16" else torch.float32
+    savings = replace(savings, frozen_bfloat16=savings.frozen_bfloat16 and autocast != torch.float32)
     model, processor = ours.load(options.vision, options.language, savings, architecture(options))
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
-    autocast = torch.bfloat16 if options.precision == "amp_bf16" else torch.float32
     return ours.Ours(model, processor, savings, autocast, WEIGHTS, options.pack_tokens)
 
 
@@ -84,7 +86,14 @@ def their_side(options: argparse.Namespace, tuned: bool) -> opponent.Opponent:
     source.load(encoder, path)
     tokenizer = opponent.its_tokenizer(options.language)
     model = opponent.load(
-        options.language, encoder, config.width, tokenizer, options.every, options.resampler_depth, tuned
+        options.language,
+        encoder,
+        config.width,
+        tokenizer,
+        options.every,
+        options.resampler_depth,
+        tuned,
+        options.precision,
     )
     if torch.cuda.is_available():
         model.to("cuda")

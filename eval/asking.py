@@ -20,9 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from flamingo import chat
-from flamingo.attention import attend_plainly
-from flamingo.folders import check_model
-from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.folders import check_model, load_model
 from flamingo.processing import IMAGE, FlamingoProcessor
 from flamingo.runtime import tune_cpu
 
@@ -122,10 +120,7 @@ class Asker:
         tune_cpu(processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.processor: Any = FlamingoProcessor.from_pretrained(folder)
         self.tokenizer: Any = self.processor.tokenizer
-        self.model: Any = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
-        self.model.to(self.device)
-        if self.device.type == "cpu":
-            attend_plainly(self.model.language_model)
+        self.model: Any = load_model(folder, self.device, dtype)
         self.template = TEMPLATES[chat_template]
         self.cached_images = cached_images
         self.latents: OrderedDict[Any, Tensor] = OrderedDict()

@@ -55,7 +55,7 @@ class _Flamingo(lmms):
     Args:
         pretrained: a model folder, as training and `flamingo export` write it.
         batch_size: rows at a time. device: None: a GPU of its own for each process where there are some.
-        dtype: auto (as saved), float32, bfloat16 or float16.
+        dtype: auto (as saved, but float32 on a CPU without bfloat16 products), float32, bfloat16 or float16.
         beams, max_new_tokens: where a task does not say.
         cached_images: pictures whose latents are kept, those used last.
         chat_template: "few_shot": turns as in training, each answer ended by <|endofchunk|>; "own": the

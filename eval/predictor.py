@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo.attention import attend_plainly
 from flamingo.eval import decoding
 from flamingo.eval.few_shot import Prompt
 from flamingo.eval.images import Images, Picture, read_pixels
 from flamingo.eval.likelihood import Tree, continuations, rank_rows, text_tail
 from flamingo.eval.states import Row, Shared, State, columns_are_free, keeps_keys_and_values
+from flamingo.folders import load_model
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import IMAGE, FlamingoProcessor
 
@@ -49,10 +49,7 @@ class Predictor:
     ):
         """folder: a model folder; tokens_per_batch: that are computed at a time; images_gib: memory for
         encoded pictures (None: `images.default_gib`). Raises ValueError for numbers below 1."""
-        model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
-        if torch.cuda.is_available():
-            model.to("cuda")  # type: ignore[arg-type]
-        attend_plainly(model.language_model)
+        model = load_model(Path(folder))
         processor = FlamingoProcessor.from_pretrained(folder)
         self._start(model, processor, max_new_tokens, beams, tokens_per_batch, length_penalty, images_gib)
 

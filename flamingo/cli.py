@@ -152,7 +152,10 @@ def create(
     fields: Annotated[
         list[str] | None, typer.Argument(help="key=value of FlamingoConfig, e.g. resampler_depth=2.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the frozen parts: float32 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        typer.Option(help="bfloat16, float32, or auto: what this machine computes fast."),
+    ] = "auto",
 ) -> None:
     """Assemble an untrained model from a frozen encoder and a frozen language model."""
     from flamingo.runtime import quiet_libraries
@@ -185,9 +188,11 @@ def export(
             typer.echo(f"{out}: the model after step {export_run(source, out)}")
             return
         from flamingo.checkpoints.trainables import save_trainables
-        from flamingo.folders import load_model
+        from flamingo.folders import check_model
+        from flamingo.modeling import FlamingoForConditionalGeneration
 
-        size = save_trainables(load_model(source), out)
+        check_model(source)
+        size = save_trainables(FlamingoForConditionalGeneration.from_pretrained(source), out)
         typer.echo(f"{out}: {size / 1e6:.1f} MB")
 
 

@@ -11,10 +11,12 @@ import yaml
 from torch import nn
 
 from flamingo import vision
+from flamingo.attention import attend_plainly
 from flamingo.config import FlamingoConfig, FlamingoVisionConfig
 from flamingo.factory import create
 from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.runtime import arithmetic, dtype_of
 
 
 def check_model(folder: Path) -> None:
@@ -32,11 +34,21 @@ def check_model(folder: Path) -> None:
         )
 
 
-def load_model(folder: Path) -> FlamingoForConditionalGeneration:
-    """The model of a folder, on a GPU if there is one. Raises ValueError as `check_model`."""
+def load_model(
+    folder: Path, device: torch.device | None = None, dtype: str = "auto"
+) -> FlamingoForConditionalGeneration:
+    """The model of a folder, ready to answer.
+
+    device: None is a GPU if there is one; dtype: auto is as saved, but float32 on a machine that has no
+    bfloat16 products. Raises ValueError as `check_model`.
+    """
     check_model(folder)
-    model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
-    return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
+    raised = dtype == "auto" and arithmetic() == "float32"
+    model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype="float32" if raised else dtype)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        attend_plainly(model.language_model)
+    return model.eval().to(device)  # type: ignore[arg-type]
 
 
 def load_encoder(folder: Path) -> tuple[nn.Module, FlamingoVisionConfig]:
@@ -69,17 +81,16 @@ def assemble(out: Path, vision: str, language: str, fields: list[str], dtype: st
     """
     if out.exists():
         raise ValueError(f"{out} is there already: choose another folder")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: choose auto, float32 or bfloat16")
     bad = [field for field in fields if "=" not in field]
     if bad:
         raise ValueError(f"{bad[0]!r}: write key=value, e.g. resampler_depth=2")
     pairs = (field.split("=", 1) for field in fields)
     architecture = {key: yaml.safe_load(value) for key, value in pairs}
-    model, processor = create(
-        vision=vision, language=language, frozen_dtype=getattr(torch, dtype), **architecture
-    )
-    model.to(getattr(torch, dtype)).save_pretrained(out)  # type: ignore[arg-type]
+    stored = dtype_of(dtype)
+    model, processor = create(vision=vision, language=language, frozen_dtype=stored, **architecture)
+    model.to(stored).save_pretrained(out)  # type: ignore[arg-type]
     processor.save_pretrained(out)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{out}: {trained / 1e6:.1f} M parameters to train, blocks at {positions(model.config)}"

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -42,7 +42,9 @@ class ModelConfig(Section):
     vision_options: dict[str, Any] = Field(
         default_factory=dict, description="for the encoder's source, e.g. {image_size: 336}"
     )
-    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    frozen_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="weights of encoder and LM; auto: as `autocast`"
+    )
     architecture: dict[str, Any] = Field(default_factory=dict)
     start: str | None = Field(
         None,
@@ -141,6 +143,10 @@ class RunConfig(Section):
         """What must not change between the parts of a resumed run."""
         return self.model_dump(mode="json", include=set(self.IDENTITY))
 
+    def like(self, before: Self) -> Self:
+        """What is left to the machine, as the run `before` has it."""
+        return self
+
 
 class Recipe(RunConfig):
     """One training run. Steps are optimizer steps; batches are counted over all ranks."""
@@ -154,8 +160,10 @@ class Recipe(RunConfig):
     pack_tokens: int = Field(
         0, ge=0, description="documents share rows of at most so many tokens; 0: one document a row"
     )
-    autocast: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="arithmetic of the trained part; its weights are always float32"
+    autocast: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="arithmetic of the trained part; its weights are always float32. auto: bfloat16, or "
+        "float32 on processors without bfloat16 products; a run that goes on keeps what it began with",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0, description="what ranks share out: 1 optimizer, 2 and gradients, 3 and all weights"
@@ -209,6 +217,17 @@ class Recipe(RunConfig):
         self._check_zero()
         self._check_encoder()
         return self
+
+    def settled(self, autocast: str, frozen_dtype: str) -> Recipe:
+        """These in place of `auto`."""
+        model = self.model
+        if model.frozen_dtype == "auto":
+            model = model.model_copy(update={"frozen_dtype": frozen_dtype})
+        own = self.autocast if self.autocast != "auto" else autocast
+        return self.model_copy(update={"autocast": own, "model": model})
+
+    def like(self, before: Recipe) -> Recipe:
+        return self.settled(before.autocast, before.model.frozen_dtype)
 
     def _check_without_effect(self) -> None:
         trained = {part.part for part in self.unfreeze} | ({"lora"} if self.lora else set())

@@ -13,6 +13,7 @@ from flamingo.checkpoints.trainables import begin_with
 from flamingo.factory import Gathered, create
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
+from flamingo.runtime import dtype_of
 from flamingo.train import checkpoint
 from flamingo.train.checkpoint import WEIGHT, Saved
 from flamingo.train.config import RECIPE, Recipe
@@ -30,7 +31,7 @@ def assemble(
         vision=recipe.model.vision,
         language=recipe.model.language,
         vision_options=recipe.model.vision_options,
-        frozen_dtype=getattr(torch, recipe.model.frozen_dtype),
+        frozen_dtype=dtype_of(recipe.model.frozen_dtype),
         seed=recipe.seed,
         gathered=gathered,
         loading=loading,
@@ -70,7 +71,7 @@ def export_run(run: Path, out: Path) -> int:
         parameter.copy_(saved(WEIGHT, name))
     if recipe.lora:
         merge_adapters(model)
-    model.to(getattr(torch, recipe.model.frozen_dtype))  # type: ignore[arg-type]
+    model.to(dtype_of(recipe.model.frozen_dtype))  # type: ignore[arg-type]
     _replace(model, processor, out)
     return saved.step
 

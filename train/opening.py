@@ -13,10 +13,10 @@ import yaml
 from pydantic import ValidationError
 
 from flamingo.data.writing import write_text
-from flamingo.runtime import short_attention, tune_cpu
+from flamingo.runtime import arithmetic, short_attention, tune_cpu
 from flamingo.train import checkpoint, engine, group, trackers
 from flamingo.train.checkpoint import Saved
-from flamingo.train.config import RECIPE, RunConfig
+from flamingo.train.config import RECIPE, Recipe, RunConfig
 from flamingo.train.lock import RunLock
 from flamingo.train.stopping import Stopping
 
@@ -104,7 +104,7 @@ def check_folder(recipe: RunConfig, resume: bool) -> None:
             f"{recipe.run} holds a run already: --resume goes on with it, run=FOLDER starts another"
         )
     try:
-        before = type(recipe).model_validate(yaml.safe_load(held.read_text())).identity()
+        before = type(recipe).model_validate(yaml.safe_load(held.read_text()))
     except yaml.YAMLError as error:
         raise ValueError(
             f"{held} is no YAML ({error}): put the recipe of this run there again, or choose run=FOLDER"
@@ -113,12 +113,34 @@ def check_folder(recipe: RunConfig, resume: bool) -> None:
         raise ValueError(
             f"{recipe.run} holds a run of another kind ({held} has other keys): choose run=FOLDER"
         ) from None
-    changed = checkpoint.differences(before, recipe.identity())
+    changed = checkpoint.differences(before.identity(), recipe.like(before).identity())
     if changed:
         raise ValueError(
             f"{recipe.run} holds a run with other settings ({'; '.join(changed)}): "
             "set them back, or choose another folder with run=FOLDER"
         )
+
+
+def settled(recipe: Recipe, rank: int) -> Recipe:
+    """`auto` as the run has it that goes on; of a new one bfloat16, if the machines of all ranks have its
+    products."""
+    held = recipe.run / RECIPE
+    before = held.read_text() if rank == 0 and held.exists() else None
+    found = engine.gather_objects((before, arithmetic()))
+    if found[0][0] is not None:
+        return recipe.like(Recipe.model_validate(yaml.safe_load(found[0][0])))
+    dtype = "float32" if any(has == "float32" for _, has in found) else "bfloat16"
+    return recipe.settled(dtype, dtype)
+
+
+def slow_arithmetic(recipe: Recipe) -> str | None:
+    """What to tell whoever trains in bfloat16 where float32 is many times as fast."""
+    if "bfloat16" not in (recipe.autocast, recipe.model.frozen_dtype) or arithmetic() == "bfloat16":
+        return None
+    return (
+        "this processor has no products of bfloat16, and is many times as fast with autocast=float32 "
+        "model.frozen_dtype=float32 (auto takes them by itself), in another folder"
+    )
 
 
 def newest(recipe: RunConfig, rank: int) -> Saved | None:

@@ -108,6 +108,7 @@ def plan(
     divide, and for numbers that cannot be.
     """
     _check(gpus, gpu_memory, utilisation, peak)
+    recipe = recipe.settled("bfloat16", "bfloat16")  # what `auto` is on a GPU
     images = dict(images or {})
     check_images(recipe, images)
     parts = _spread(splits(recipe, gpus), recipe.accumulation)

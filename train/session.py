@@ -24,6 +24,7 @@ from flamingo.features import fingerprint
 from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
+from flamingo.runtime import dtype_of
 from flamingo.train import engine, manifest
 from flamingo.train.checkpoint import Checkpoints, Saved
 from flamingo.train.config import Recipe
@@ -35,7 +36,7 @@ from flamingo.train.loop import Company, Trainer
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
-from flamingo.train.opening import alike, begin, newest, opened, together
+from flamingo.train.opening import alike, begin, newest, opened, settled, slow_arithmetic, together
 from flamingo.train.optim import trained
 from flamingo.train.parts import boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
@@ -63,6 +64,7 @@ def train(
     """
     began = time.monotonic()
     with opened(recipe, resume, stopping) as (rank, world, heard):
+        recipe = settled(recipe, rank)
         _train(recipe, rank, world, began, accept_changed_shards, heard, evaluate)
 
 
@@ -82,7 +84,7 @@ def _train(
         cache = FeatureCache(model, recipe.feature_cache_gb, stored=_stored(recipe, model, processor))
         dataset = open_data(recipe, model, processor, cache, rank, world)
     weights = {source.name: source.weight for source in recipe.sources}
-    objective = Objective(model, weights, cache, getattr(torch, recipe.autocast), recipe.z_loss)
+    objective = Objective(model, weights, cache, dtype_of(recipe.autocast), recipe.z_loss)
     saved = newest(recipe, rank)
     start = saved.step if saved else 0
     together(rank, lambda: begin(recipe))
@@ -97,7 +99,9 @@ def _train(
     )
     if saved:
         metrics.say(f"going on from {saved.path}")
-    peak = measured_peak(engine.device(), getattr(torch, recipe.autocast))
+    if (slow := slow_arithmetic(recipe)) is not None:
+        metrics.say(slow)
+    peak = measured_peak(engine.device(), dtype_of(recipe.autocast))
     company = Company(
         metrics,
         Faults(recipe.run, start, recipe.max_bad_samples, rank),

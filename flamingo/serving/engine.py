@@ -16,7 +16,6 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from flamingo.attention import attend_plainly
 from flamingo.folders import check_model, load_model
 from flamingo.fusions import positions
 from flamingo.looking import LookingWord, word_maps
@@ -54,7 +53,6 @@ class Engine:
         tune_cpu()
         self.processor: Any = FlamingoProcessor.from_pretrained(folder)
         self.model: Any = load_model(folder)
-        attend_plainly(self.model.language_model)
         self._turn = threading.Lock()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flamingo import runtime
 from flamingo.data.batch import IGNORE, Batch
 from flamingo.data.packing import packed, padded
 
@@ -71,8 +72,11 @@ def test_rows_are_level_so_that_few_are_filled_up():
     ("lengths", "row_tokens", "expected"),
     [((50,), 100, 50), ((51,), 100, 52), ((150, 147), 150, 150), ((150, 147), 160, 152), ((401,), 512, 416)],
 )
-def test_rows_have_lengths_that_come_again_but_no_longer_than_allowed(lengths, row_tokens, expected):
+def test_rows_have_lengths_that_come_again_but_no_longer_than_allowed(
+    monkeypatch, lengths, row_tokens, expected
+):
     """Else each step's matrices have sizes of their own, for which libraries prepare each product anew."""
+    monkeypatch.setattr(runtime, "arithmetic", lambda: "bfloat16")  # whose products are prepared
     documents_of = batch(*("I" + "a" * (length - 1) for length in lengths))
     (rows,) = packed([documents_of], row_tokens, IMAGE)
     assert rows.input_ids.shape == (len(lengths), expected)

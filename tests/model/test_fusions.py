@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flamingo import runtime
 from flamingo.connectors import connectors
 from flamingo.expansion import contract, expand
 from flamingo.fusions import fusions
@@ -211,7 +212,8 @@ def test_rows_grow_by_what_they_hold_and_not_by_their_padding() -> None:
         assert held.tolist() == [[1] * 7, [1] * 6 + [0]]
 
 
-def test_packed_rows_are_expanded_to_a_length_that_comes_again() -> None:
+def test_packed_rows_are_expanded_to_a_length_that_comes_again(monkeypatch) -> None:
+    monkeypatch.setattr(runtime, "arithmetic", lambda: "bfloat16")  # whose products are prepared
     rows = torch.tensor([[IMAGE, *[5] * 30]])  # 35 tokens with 5 an image
     long = expand(
         rows, IMAGE, 5, segment_ids=torch.zeros_like(rows), labels=rows.masked_fill(rows == IMAGE, -100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flamingo import runtime
 from flamingo.media import (
     Runs,
     image_offsets,
@@ -192,8 +193,14 @@ def test_products_are_as_tall_as_in_other_steps_filled_up_with_tokens_that_see_n
     assert runs.member.shape[1] == recurring(runs.member.shape[1])
 
 
-def test_few_sizes_are_common_and_none_is_much_larger():
+def test_few_sizes_are_common_and_none_is_much_larger(monkeypatch):
+    monkeypatch.setattr(runtime, "arithmetic", lambda: "bfloat16")  # whose products are prepared
     assert [recurring(n) for n in range(33)] == list(range(33))
     sizes = [recurring(n) for n in range(256, 513)]
     assert len(set(sizes)) == 17 and sizes == sorted(sizes)
     assert all(n <= size <= n * 17 / 16 for n, size in zip(range(256, 513), sizes, strict=True))
+
+
+def test_sizes_stay_as_they_are_where_no_product_is_prepared(monkeypatch):
+    monkeypatch.setattr(runtime, "arithmetic", lambda: "float32")
+    assert [recurring(n) for n in range(1025)] == list(range(1025))

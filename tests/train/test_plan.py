@@ -50,6 +50,7 @@ RECIPE = {
     "model": {
         "vision": "timm:test_vit",
         "language": "lm",
+        "frozen_dtype": "bfloat16",
         "architecture": {"resampler_latents": 16, "resampler_depth": 3, "cross_attention_every": 2},
     },
     "sources": [
@@ -57,6 +58,7 @@ RECIPE = {
         {"name": "pairs", "kind": "pairs", "shards": "b.tar", "batch": 8, "max_tokens": 32},
     ],
     "pack_tokens": 256,
+    "autocast": "bfloat16",
 }
 
 

@@ -14,7 +14,7 @@ def test_a_recipe_is_read_with_the_defaults_of_what_it_leaves_out(recipe_file):
     recipe = read_recipe(recipe_file)
     assert recipe.run == Path("runs/tiny") and recipe.steps == 100
     assert [source.name for source in recipe.sources] == ["captions", "turns"]
-    assert recipe.optimizer.lr == 1e-4 and recipe.model.frozen_dtype == "bfloat16"
+    assert recipe.optimizer.lr == 1e-4 and recipe.model.frozen_dtype == "auto"
 
 
 @pytest.mark.parametrize(

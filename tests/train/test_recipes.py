@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flamingo.runtime import dtype_of
 from flamingo.train.config import read_recipe
 from flamingo.train.plan import plan
 from flamingo.train.planning.assembly import assemble, bytes_of, parameters
@@ -55,7 +56,7 @@ def test_a_recipe_builds_the_model_that_it_says(path):
     frozen, trained = parameters(model)
     found = (frozen.get("language_model", 0), frozen["vision_encoder"], sum(trained.values()))
     assert found == SIZES[path.stem]
-    frozen_bytes = {"bfloat16": 2, "float32": 4}[recipe.model.frozen_dtype] * sum(found[:2])
+    frozen_bytes = dtype_of(recipe.model.frozen_dtype).itemsize * sum(found[:2])
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     assert bytes_of(model, trained=False) == frozen_bytes + buffers
     assert bytes_of(model, trained=True) == 4 * found[2]  # trained weights are float32

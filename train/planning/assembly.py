@@ -12,6 +12,7 @@ from flamingo import vision
 from flamingo.config import FlamingoConfig
 from flamingo.factory import _check_fields, _described
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.runtime import dtype_of
 from flamingo.train.config import Recipe
 from flamingo.train.optim import group_of
 from flamingo.train.parts import add_adapters, architecture, unfreeze
@@ -26,7 +27,7 @@ def assemble(recipe: Recipe) -> FlamingoForConditionalGeneration:
     config = configuration(recipe)
     with vision.shapes_only(), torch.device("meta"):
         model = FlamingoForConditionalGeneration(config)
-        dtype = getattr(torch, recipe.model.frozen_dtype)
+        dtype = dtype_of(recipe.model.frozen_dtype)
         for part in (model.language_model, model.vision_encoder):
             for parameter in part.parameters():  # type: ignore[union-attr]
                 parameter.data = parameter.data.to(dtype)

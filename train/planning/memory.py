@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo.data.packing import Rows, packed, padded
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.runtime import dtype_of
 from flamingo.train.config import Recipe
 from flamingo.train.engine import configuration
 from flamingo.train.features import FeatureCache
@@ -100,7 +101,7 @@ class Tracer:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         weights = {source.name: source.weight for source in recipe.sources}
         cache = _Stored(model) if recipe.features else FeatureCache(model, limit_gb=0)
-        autocast = getattr(torch, recipe.autocast)
+        autocast = dtype_of(recipe.autocast)
         self.objective = Objective(model, weights, cache, autocast, recipe.z_loss)
 
     def run(self, parts: int) -> Batchwise:
