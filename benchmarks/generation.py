@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from flamingo.attention import attend_plainly
 from flamingo.factory import create
-from flamingo.runtime import quiet_libraries, tune_cpu
+from flamingo.runtime import dtype_of, quiet_libraries, tune_cpu
 
 
 def arguments() -> argparse.Namespace:
@@ -77,11 +77,11 @@ def main() -> None:
     model, processor = create(
         vision=options.vision,
         language=options.language,
-        frozen_dtype=torch.bfloat16,
+        frozen_dtype=dtype_of("auto"),
         resampler_latents=options.latents,
         gate_init=0.5,
     )
-    model = model.eval().to(torch.bfloat16)  # type: ignore[arg-type]
+    model = model.eval().to(dtype_of("auto"))  # type: ignore[arg-type]
     attend_plainly(model.language_model)  # as `flamingo eval` and `flamingo generate` do
     size = model.config.vision_config.image_size  # type: ignore[union-attr]
     cases = {}

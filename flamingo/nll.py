@@ -49,7 +49,9 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return _TokenNLL.apply(logits, filled)[: len(targets)]  # type: ignore[index]
 
 
-HEAD_ROWS = 256  # positions whose logits exist at one time
+def head_rows(dtype: torch.dtype) -> int:
+    """Positions whose logits exist at one time: 256 in half precision, and as many bytes of others."""
+    return 512 // dtype.itemsize
 
 
 class _HeadNLL(torch.autograd.Function):
@@ -58,7 +60,8 @@ class _HeadNLL(torch.autograd.Function):
         ctx, head: Callable[[Tensor], Tensor], hidden: Tensor, added: Tensor, targets: Tensor
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
-        parts = zip(hidden.split(HEAD_ROWS), added.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+        rows = head_rows(added.dtype)
+        parts = zip(hidden.split(rows), added.split(rows), targets.split(rows), strict=True)
         found = [_part(head, *part, wanted) for part in parts]
         nll, *grads = (torch.cat(x) for x in zip(*found, strict=True))
         ctx.save_for_backward(*grads)
@@ -80,7 +83,7 @@ def _part(
     words, nll = logits.shape[1], []
     grads = [torch.empty_like(x) for x in (logits, added)] if wanted else []
     # On a CPU so few rows at a time that their float32 logits stay in its cache.
-    rows = 16 if logits.device.type == "cpu" else HEAD_ROWS
+    rows = 16 if logits.device.type == "cpu" else len(logits) or 1
     for begin in range(0, len(logits), rows):
         part = slice(begin, begin + rows)
         whole = logits.new_empty(len(logits[part]), words + added.shape[1], dtype=torch.float32)
@@ -102,7 +105,7 @@ def head_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, added: Tensor, ta
 
     head: float[P, W] -> logits float[P, V] of P rows, by themselves; its weights get no gradient. added:
     float[M', A], logits of the added tokens, which follow the words. Logits and their gradient exist
-    for `HEAD_ROWS` rows at a time, and the gradient is made at once in the forward pass.
+    for `head_rows` rows at a time, and the gradient is made at once in the forward pass.
     """
     filled = F.pad(targets, (0, len(hidden) - len(targets)))
     return _HeadNLL.apply(head, hidden, added, filled)[: len(targets)]  # type: ignore[index]

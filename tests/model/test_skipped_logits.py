@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from flamingo.attention import attend_plainly
-from flamingo.nll import HEAD_ROWS, head_nll
+from flamingo.nll import head_nll, head_rows
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 WORDS = 13
+ROWS = head_rows(torch.float32)
 
 
 def frozen_head(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -25,7 +26,7 @@ def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("fill", [0, 3])
-@pytest.mark.parametrize("count", [0, 1, HEAD_ROWS, 2 * HEAD_ROWS + 3])
+@pytest.mark.parametrize("count", [0, 1, ROWS, 2 * ROWS + 3])
 def test_it_is_cross_entropy_of_the_heads_and_the_added_logits(count, fill):
     head, (hidden, added) = frozen_head(), inputs(count + fill)
     targets, weights = torch.randint(WORDS + 2, (count,)), torch.randn(count)
@@ -57,11 +58,11 @@ def test_no_more_than_a_part_of_the_logits_is_made_at_one_time():
         sizes.append(len(rows))
         return head(rows)
 
-    hidden, added = inputs(3 * HEAD_ROWS)
+    hidden, added = inputs(3 * ROWS)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         nll = head_nll(watched, hidden, added, torch.zeros(len(hidden), dtype=torch.int64))
-    assert sizes == [HEAD_ROWS] * 3
+    assert sizes == [ROWS] * 3
     assert max(x.numel() for x in kept) == hidden.numel()  # gradients of what went in, no logits
     nll.sum().backward()
     assert len(sizes) == 3
