@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flamingo.data.packing import Rows, with_image
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.train.features import FeatureCache
+from flamingo.train.remade import remade_activations
 
 
 class Objective(nn.Module):
@@ -77,7 +78,8 @@ class Objective(nn.Module):
             rows, grids = with_image(rows, self.model.config.image_token_id), self.cache.blank(1)
         else:
             grids = self.cache.blank(len(rows.image_keys)) if blank else self.cache.grids(rows)
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast != torch.float32):
+        arithmetic = torch.autocast(device.type, self.autocast, enabled=self.autocast != torch.float32)
+        with arithmetic, remade_activations():
             out = self.model(
                 input_ids=rows.input_ids,
                 attention_mask=rows.attention_mask,
