@@ -99,15 +99,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """float[N, H, Q, D] x float[N, H, K, D] -> float[N, Q, H*D]; mask: bool[N, 1, 1, K], True
     where a key may be seen (None: all may)."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
-    if q.device.type == "cpu" and (dtype.itemsize < 4 or torch.is_grad_enabled()):
+    if q.device.type == "cpu":
         return _attend_by_products(q, k, v, mask, dtype)
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
     return rearrange(out, "n h q d -> n q (h d)")
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`attend` on a CPU in half precision, where torch's own goes by way of float32, and with gradients,
-    for which torch's own keeps scaled copies of queries and keys."""
+    """`attend` on a CPU, where torch's own keeps scaled copies, and does half precision by way of float32."""
     q, k, v = (q * q.shape[-1] ** -0.5).to(dtype), k.to(dtype), v.to(dtype)
     added = None
     if mask is not None:

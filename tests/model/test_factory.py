@@ -209,7 +209,7 @@ def test_the_command_assembles_a_folder_that_loads_and_whose_trained_part_can_be
     [
         (["resampler_depth"], "write key=value"),
         (["resampler_deepness=3"], "FlamingoConfig has no resampler_deepness"),
-        (["--dtype", "float8"], "choose float32 or bfloat16"),
+        (["--dtype", "float8"], "choose auto, float32 or bfloat16"),
     ],
 )
 def test_the_command_refuses_what_it_does_not_know(language, encoder, tmp_path, arguments, words):
