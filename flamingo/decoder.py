@@ -231,14 +231,10 @@ class Decoder:
             return None
         if slot.kept is not None and slot.targets is not None:  # here a head in pieces is whole
             added = self.added(slot.kept)
-            slot.nll = head_nll(partial(self._words, module), slot.kept, added, slot.targets)
+            bias = None if module.bias is None else module.bias[: self.first_added]
+            weight = module.weight[: self.first_added]
+            slot.nll = head_nll(weight, bias, slot.kept, added, slot.targets)
             slot.kept = None
             return None
         extra = self.added(args[0])
         return torch.cat((output[..., : self.first_added], extra.to(output.dtype)), dim=-1)
-
-    def _words(self, head: nn.Module, rows: Tensor) -> Tensor:
-        """float[P, W] -> float[P, first_added], logits without those of the added tokens."""
-        logits = head.forward(rows[None]).squeeze(0)
-        # Backwards a cut is a copy into zeros, also where nothing is cut off.
-        return logits if logits.shape[1] == self.first_added else logits[:, : self.first_added]

@@ -60,11 +60,13 @@ class FrozenParts:
 
     @property
     def skips_logits(self) -> bool:
-        """Whether `skip_logits` of the forward pass saves something: a frozen head, whose logits the
-        LM gives as they are."""
+        """Whether `skip_logits` of the forward pass saves something: a frozen head of plain rows, whose
+        logits the LM gives as they are."""
         model: Any = self
-        trained = any(weight.requires_grad for weight in model.get_output_embeddings().parameters())
-        return not trained and model._decoder.hands_on_logits
+        head = model.get_output_embeddings()
+        trained = any(weight.requires_grad for weight in head.parameters())
+        plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+        return plain and not trained and model._decoder.hands_on_logits
 
     def train(self, mode: bool = True):
         """Frozen means frozen: the encoder and the LM stay in eval mode (no dropout), but for the

@@ -1,12 +1,10 @@
 """The negative log likelihood of targets, without what is large about it: float32 logits of them all,
-or, from what goes into a frozen head, any logits of them all. Knows no other room.
+or, from what goes into a frozen head, any logits of all words. Knows no other room.
 
 M targets, M' rows, of which what is more than targets has no loss; W LM width, V vocabulary, A added tokens.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,66 +47,75 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return _TokenNLL.apply(logits, filled)[: len(targets)]  # type: ignore[index]
 
 
-def head_rows(dtype: torch.dtype) -> int:
-    """Positions whose logits exist at one time: 256 in half precision, and as many bytes of others."""
-    return 512 // dtype.itemsize
+def head_words(device: torch.device) -> int:
+    """Words whose logits exist at one time: on a CPU so few that they stay in its cache."""
+    return 1024 if device.type == "cpu" else 4096
 
 
 class _HeadNLL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, head: Callable[[Tensor], Tensor], hidden: Tensor, added: Tensor, targets: Tensor
+        ctx, weight: Tensor, bias: Tensor | None, hidden: Tensor, added: Tensor, targets: Tensor
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
-        rows = head_rows(added.dtype)
-        parts = zip(hidden.split(rows), added.split(rows), targets.split(rows), strict=True)
-        found = [_part(head, *part, wanted) for part in parts]
-        nll, *grads = (torch.cat(x) for x in zip(*found, strict=True))
-        ctx.save_for_backward(*grads)
-        return nll
+        index, extra = targets[:, None], targets[:, None] - len(weight)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        mean = hidden.new_zeros(hidden.shape, dtype=wide) if any(ctx.needs_input_grad) else None
+        top, total, own = _read(weight, bias, hidden, index, mean)
+        rest = added.to(wide)
+        all_words = torch.cat((top + total.log(), rest), dim=1).logsumexp(dim=1, keepdim=True)
+        if mean is not None:
+            words = F.embedding(targets.clamp_max(len(weight) - 1), weight)
+            mean.mul_((top - all_words).exp_()).sub_(words.masked_fill_(extra >= 0, 0.0))
+            shares = (rest - all_words).exp_()
+            shares -= (torch.arange(added.shape[1], device=extra.device) == extra).to(wide)
+            ctx.save_for_backward(mean.to(hidden.dtype), shares.to(added.dtype))
+        own = torch.where(extra < 0, own, rest.gather(1, extra.clamp_min(0)))
+        return (all_words - own)[:, 0].float()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[None, Tensor, Tensor, None]:
+    def backward(ctx, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
         hidden, added = ((x * grads[0][:, None]).to(x.dtype) for x in ctx.saved_tensors)
-        return None, hidden, added, None
+        return None, None, hidden, added, None
 
 
-def _part(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, added: Tensor, targets: Tensor, wanted: bool
+def _read(
+    weight: Tensor, bias: Tensor | None, hidden: Tensor, index: Tensor, mean: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """float32[P] NLL of P rows and, where wanted, its gradients: float[P, W] and float[P, A]."""
-    with torch.set_grad_enabled(wanted):
-        hidden = hidden.detach().requires_grad_(wanted)
-        logits = head(hidden)
-    words, nll = logits.shape[1], []
-    grads = [torch.empty_like(x) for x in (logits, added)] if wanted else []
-    # On a CPU so few rows at a time that their float32 logits stay in its cache.
-    rows = 16 if logits.device.type == "cpu" else len(logits) or 1
-    for begin in range(0, len(logits), rows):
-        part = slice(begin, begin + rows)
-        whole = logits.new_empty(len(logits[part]), words + added.shape[1], dtype=torch.float32)
-        whole[:, :words], whole[:, words:] = logits.detach()[part], added[part]
-        shares, index = whole.log_softmax(dim=-1), targets[part, None]
-        nll.append(-shares.gather(1, index)[:, 0])
-        if wanted:
-            shares.exp_().scatter_add_(1, index, shares.new_full(index.shape, -1.0))
-            grads[0][part], grads[1][part] = shares[:, :words], shares[:, words:]
-    found = torch.cat(nll) if nll else logits.new_zeros(0, dtype=torch.float32)
-    if not wanted:
-        return found, hidden, added
-    (back,) = torch.autograd.grad(logits, hidden, grads[0])
-    return found, back, grads[1]
+    """The head's words once from the first to the last, as attention reads its keys.
+
+    Returns, float[M', 1] each: the largest logit; the sum of all exponentials of what logits are below it;
+    the logit of word `index` (0 where it is none). mean: float[M', W], becomes the sum of the words'
+    rows, each times its exponential, where it is wanted.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    top = torch.full(index.shape, -torch.inf, dtype=wide, device=index.device)
+    total, own = torch.zeros_like(top), torch.zeros_like(top)
+    size = head_words(hidden.device)
+    for begin in range(0, len(weight), size):
+        part = weight[begin : begin + size]
+        logits = F.linear(hidden, part, None if bias is None else bias[begin : begin + size])
+        scores, place = logits.to(wide), index - begin
+        here = (place >= 0) & (place < len(part))
+        own = torch.where(here, scores.gather(1, place.clamp(0, len(part) - 1)), own)
+        higher = torch.maximum(top, scores.amax(dim=1, keepdim=True))
+        before, top = (top - higher).exp_(), higher
+        shares = scores.sub_(top).exp_()
+        total = total * before + shares.sum(dim=1, keepdim=True)
+        if mean is not None:
+            mean.mul_(before).add_(shares.to(logits.dtype) @ part)
+    return top, total, own
 
 
-def head_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, added: Tensor, targets: Tensor) -> Tensor:
+def head_nll(weight: Tensor, bias: Tensor | None, hidden: Tensor, added: Tensor, targets: Tensor) -> Tensor:
     """`token_nll` of what goes into a frozen head: float[M', W], int64[M] -> float32[M].
 
-    head: float[P, W] -> logits float[P, V] of P rows, by themselves; its weights get no gradient. added:
-    float[M', A], logits of the added tokens, which follow the words. Logits and their gradient exist
-    for `head_rows` rows at a time, and the gradient is made at once in the forward pass.
+    weight: float[V, W], bias: float[V], of the head, which get no gradient; added: float[M', A], logits of
+    the added tokens, which follow the words. Logits exist for `head_words` words at a time, and the
+    gradient is made at once in the forward pass: a softmax whose sum and weighted mean grow part by part
+    (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1).
     """
     filled = F.pad(targets, (0, len(hidden) - len(targets)))
-    return _HeadNLL.apply(head, hidden, added, filled)[: len(targets)]  # type: ignore[index]
+    return _HeadNLL.apply(weight, bias, hidden, added, filled)[: len(targets)]  # type: ignore[index]
 
 
 def loss_of(

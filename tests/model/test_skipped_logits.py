@@ -6,18 +6,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flamingo import nll
 from flamingo.attention import attend_plainly
-from flamingo.nll import head_nll, head_rows
+from flamingo.nll import head_nll
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 WORDS = 13
-ROWS = head_rows(torch.float32)
 
 
-def frozen_head(dtype: torch.dtype = torch.float32) -> nn.Linear:
+@pytest.fixture(params=[1024, 5, 1], ids="parts of {}".format)
+def parts(request, monkeypatch) -> int:
+    """Words at a time: all, some with a rest, each alone."""
+    monkeypatch.setattr(nll, "head_words", lambda device: request.param)
+    return request.param
+
+
+def frozen_head(dtype: torch.dtype = torch.float32, bias: bool = False) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(6, WORDS, bias=False, dtype=dtype).requires_grad_(False)
+    return nn.Linear(6, WORDS, bias=bias, dtype=dtype).requires_grad_(False)
 
 
 def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,12 +33,13 @@ def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
     return tuple((2 * torch.randn(rows, n)).to(dtype).requires_grad_() for n in (6, 2))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("fill", [0, 3])
-@pytest.mark.parametrize("count", [0, 1, ROWS, 2 * ROWS + 3])
-def test_it_is_cross_entropy_of_the_heads_and_the_added_logits(count, fill):
-    head, (hidden, added) = frozen_head(), inputs(count + fill)
+@pytest.mark.parametrize("count", [0, 1, 64])
+def test_it_is_cross_entropy_of_the_heads_and_the_added_logits(parts, count, fill, bias):
+    head, (hidden, added) = frozen_head(bias=bias), inputs(count + fill)
     targets, weights = torch.randint(WORDS + 2, (count,)), torch.randn(count)
-    ours = head_nll(head, hidden, added, targets)
+    ours = head_nll(head.weight, head.bias, hidden, added, targets)
     logits = torch.cat((head(hidden), added), dim=1)[:count]
     theirs = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(ours, theirs, **CLOSE)
@@ -39,10 +48,24 @@ def test_it_is_cross_entropy_of_the_heads_and_the_added_logits(count, fill):
     assert not any(grad[count:].any() for grad in found)
 
 
-def test_bfloat16_logits_are_summed_in_float32():
+def test_logits_far_apart_overflow_nowhere(parts):
+    head, (hidden, added) = frozen_head(), inputs(20)
+    targets = torch.arange(20) % (WORDS + 2)
+    with torch.no_grad():
+        hidden *= 1000
+        added[::2] *= 1000
+    ours = head_nll(head.weight, None, hidden, added, targets)
+    theirs = F.cross_entropy(torch.cat((head(hidden), added), dim=1), targets, reduction="none")
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    found, wanted = (torch.autograd.grad(nll.sum(), (hidden, added)) for nll in (ours, theirs))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert ours.max() > 500
+
+
+def test_bfloat16_logits_are_summed_in_float32(parts):
     head, (hidden, added) = frozen_head(torch.bfloat16), inputs(50, torch.bfloat16)
     targets = torch.randint(WORDS + 2, (50,))
-    ours = head_nll(head, hidden, added, targets)
+    ours = head_nll(head.weight, None, hidden, added, targets)
     theirs = F.cross_entropy(torch.cat((head(hidden), added), dim=1).float(), targets, reduction="none")
     torch.testing.assert_close(ours, theirs, **CLOSE)
     found, wanted = (torch.autograd.grad(nll.sum(), (hidden, added)) for nll in (ours, theirs))
@@ -50,31 +73,47 @@ def test_bfloat16_logits_are_summed_in_float32():
     torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.02)
 
 
-def test_no_more_than_a_part_of_the_logits_is_made_at_one_time():
-    sizes = []
-    head = frozen_head()
+def test_float32_weights_are_multiplied_in_autocasts_arithmetic():
+    head, (hidden, added) = frozen_head(), inputs(50)
+    targets = torch.randint(WORDS + 2, (50,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = head_nll(head.weight, None, hidden, added, targets)
+        logits = head(hidden)
+    assert logits.dtype == torch.bfloat16
+    theirs = F.cross_entropy(torch.cat((logits.float(), added), dim=1), targets, reduction="none")
+    torch.testing.assert_close(ours, theirs, **CLOSE)
 
-    def watched(rows: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(rows))
-        return head(rows)
 
-    hidden, added = inputs(3 * ROWS)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        nll = head_nll(watched, hidden, added, torch.zeros(len(hidden), dtype=torch.int64))
-    assert sizes == [ROWS] * 3
-    assert max(x.numel() for x in kept) == hidden.numel()  # gradients of what went in, no logits
-    nll.sum().backward()
-    assert len(sizes) == 3
+def test_no_more_than_a_part_of_the_logits_is_made_at_one_time(parts):
+    head, (hidden, added) = frozen_head(), inputs(30)
+    with Widest() as widest:
+        nll = head_nll(head.weight, None, hidden, added, torch.zeros(30, dtype=torch.int64))
+    assert widest.columns == min(parts, WORDS)
+    kept = nll.grad_fn.next_functions[0][0].saved_tensors  # type: ignore[union-attr]
+    assert {x.shape for x in kept} == {hidden.shape, added.shape}  # their gradients, no logits
+    with Widest() as widest:
+        nll.sum().backward()
+    assert widest.columns == 0
+
+
+class Widest(TorchDispatchMode):
+    """The most columns of a product with the head's 6-wide rows."""
+
+    columns = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[0].shape[1] == 6:
+            self.columns = max(self.columns, args[1].shape[1])
+        return func(*args, **kwargs or {})
 
 
 def test_without_gradients_none_are_made():
     head, (hidden, added) = frozen_head(), inputs(5)
     targets = torch.arange(5)
     with torch.no_grad():
-        quiet = head_nll(head, hidden, added, targets)
+        quiet = head_nll(head.weight, None, hidden, added, targets)
     assert not quiet.requires_grad
-    assert torch.equal(quiet, head_nll(head, hidden, added, targets).detach())
+    assert torch.equal(quiet, head_nll(head.weight, None, hidden, added, targets).detach())
 
 
 # -- in the model ------------------------------------------------------------------------------
