@@ -57,6 +57,7 @@ def overrides(options: argparse.Namespace, folder: Path) -> list[str]:
         "blank_every=0",
         "checkpoint_every=0",
         *options.set,
+        "log_every=1",  # the wait for data is read of every step
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from flamingo.data.errors import Skipped
 from flamingo.data.writing import write_text
 from flamingo.train.engine import gather_objects
+from flamingo.train.metrics import writing
 
 SHOWN = 8  # bad samples that the last message lists
 
@@ -30,7 +31,7 @@ class Faults:
         """
         every = [bad for part in gather_objects(skipped) for bad in part]
         if self.writes and every:
-            with self.path.open("a") as file:
+            with writing(self.path, step), self.path.open("a") as file:
                 file.writelines(json.dumps({"step": step, **bad._asdict()}) + "\n" for bad in every)
         self.keys.update(bad.key for bad in every)
         if len(self.keys) > self.limit:

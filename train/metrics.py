@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from flamingo.data.writing import write_text
 from flamingo.train.live import view
@@ -40,6 +42,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def writing(what: str | Path, step: int) -> Iterator[None]:
+    """An error while something of a step is written says of what: by itself it names no file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{what} cannot be written at step {step} ({getattr(error, 'strerror', None) or error}): "
+            "make room, or choose run=FOLDER on another disk; --resume goes on from the last checkpoint"
+        ) from error
 
 
 def _step(line: str) -> int | None:
@@ -88,13 +102,8 @@ class Metrics:
         if not self.writes:
             return
         record = finite(record)
-        try:
+        with writing(self.file.name, record["step"]):
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        except OSError as error:  # it names no file by itself
-            raise OSError(
-                f"{self.file.name} cannot be written at step {record['step']} ({error.strerror or error}): "
-                "make room, or choose run=FOLDER on another disk; --resume goes on from the last checkpoint"
-            ) from error
         scalars = {tag: value for tag, value in flat(record) if tag != "step"}
         self.trackers.write(scalars, record["step"])
         self.view.update(record)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flamingo.data.steps import StepBatches
+from flamingo.train.metrics import writing
 from flamingo.train.precision import LossScale
 
 KEPT = 3  # steps of a run whose batches are written
@@ -51,7 +52,8 @@ class NonFinite:
         here = [name for name, value in local.items() if not math.isfinite(value)]
         if self.written < KEPT and (here or not bad):  # a bad gradient does not tell whose it is
             self.written += 1
-            self._keep(step, here or list(batches), batches)
+            with writing(self.folder, step):
+                self._keep(step, here or list(batches), batches)
         if self.row > self.limit:
             what = f"the loss of {', '.join(bad)}" if bad else "the gradient"
             raise ValueError(

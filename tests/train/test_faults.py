@@ -1,14 +1,22 @@
-"""Bad samples are listed once, survive a resume, and stop the run when there are too many."""
+"""Bad samples are listed once, survive a resume, and stop the run when there are too many; what is
+kept of them, or of steps that are not finite, is missed with a message."""
 
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from flamingo.data.errors import Skipped
 from flamingo.train import faults as module
 from flamingo.train.faults import Faults
+from flamingo.train.nonfinite import NonFinite
+from flamingo.train.precision import LossScale
 
 
 def bad(number: int, fault: str = "damaged image") -> Skipped:
@@ -57,3 +65,20 @@ def test_only_rank_0_writes(tmp_path):
     faults.path, faults.limit, faults.writes, faults.keys = tmp_path / "skipped.jsonl", 5, False, set()
     faults.note(1, [bad(1)])
     assert not (tmp_path / "skipped.jsonl").exists() and faults.keys == {"s/a.tar/1"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_told_with_the_list_and_the_step(tmp_path):
+    faults = Faults(tmp_path, 0, limit=5, rank=0)
+    (tmp_path / "skipped.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"skipped.jsonl cannot be written at step 7 \(No space left.*--resume"):
+        faults.note(7, [bad(1)])
+
+
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+def test_what_cannot_be_kept_of_a_step_that_is_not_finite_is_told_with_its_folder(tmp_path, ending):
+    watch = NonFinite(tmp_path, 5, rank=0)
+    (watch.folder / f"step-000003-rank-00000.{ending}").mkdir(parents=True)  # no file can be written there
+    batch: Any = SimpleNamespace(keys=["a"], input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(OSError, match=r"nonfinite cannot be written at step 3 \(.*irectory.*--resume"):
+        watch.note(3, {"x": math.nan}, 1.0, {"x": math.nan}, {"x": [batch]}, LossScale(False))
