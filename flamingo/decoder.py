@@ -107,6 +107,7 @@ class Conditioning:
     vectors: Tensor | None = None  # float[K, W]: what stands for the K <image> tokens, row by row
     targets: Tensor | None = None  # int64[M]: what kept positions predict, for `nll` in place of logits
     nll: Tensor | None = None  # float32[M], by the hooks
+    log_sums: Tensor | None = None  # float32[M], log-sum-exp of the logits beside it
     kept: Tensor | None = None  # float[M', W]: what goes into the head for it
 
 
@@ -233,7 +234,7 @@ class Decoder:
             added = self.added(slot.kept)
             bias = None if module.bias is None else module.bias[: self.first_added]
             weight = module.weight[: self.first_added]
-            slot.nll = head_nll(weight, bias, slot.kept, added, slot.targets)
+            slot.nll, slot.log_sums = head_nll(weight, bias, slot.kept, added, slot.targets)
             slot.kept = None
             return None
         extra = self.added(args[0])

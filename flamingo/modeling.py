@@ -34,13 +34,15 @@ from flamingo.nll import loss_of
 @dataclass
 class FlamingoOutput(ModelOutput):
     """loss: float[] mean over supervised tokens, float[M] with reduction="none"; logits: float[B, T, V],
-    or float[1, M, V] of the supervised positions when labels are given (None: `skip_logits`)."""
+    or float[1, M, V] of the supervised positions when labels are given (None: `skip_logits`); log_sums:
+    float32[M], the log-sum-exp of each row of logits that were skipped."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     cache: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    log_sums: Tensor | None = None
 
 
 class FlamingoPreTrainedModel(PreTrainedModel):
@@ -323,7 +325,7 @@ class FlamingoForConditionalGeneration(
             logits = rearrange(logits, "1 (b k) v -> b k v", b=len(input_ids))
         elif long is not None:
             logits = rows_of(logits, long.last)
-        return FlamingoOutput(loss=loss, logits=logits, cache=out.cache)
+        return FlamingoOutput(loss=loss, logits=logits, cache=out.cache, log_sums=slot.log_sums)
 
     @torch.no_grad()
     def packs(self) -> bool:

@@ -56,26 +56,33 @@ class _HeadNLL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, weight: Tensor, bias: Tensor | None, hidden: Tensor, added: Tensor, targets: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         index, extra = targets[:, None], targets[:, None] - len(weight)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         mean = hidden.new_zeros(hidden.shape, dtype=wide) if any(ctx.needs_input_grad) else None
         top, total, own = _read(weight, bias, hidden, index, mean)
         rest = added.to(wide)
-        all_words = torch.cat((top + total.log(), rest), dim=1).logsumexp(dim=1, keepdim=True)
+        log_sums = torch.cat((top + total.log(), rest), dim=1).logsumexp(dim=1, keepdim=True)
         if mean is not None:
-            words = F.embedding(targets.clamp_max(len(weight) - 1), weight)
-            mean.mul_((top - all_words).exp_()).sub_(words.masked_fill_(extra >= 0, 0.0))
-            shares = (rest - all_words).exp_()
-            shares -= (torch.arange(added.shape[1], device=extra.device) == extra).to(wide)
-            ctx.save_for_backward(mean.to(hidden.dtype), shares.to(added.dtype))
+            mean.mul_((top - log_sums).exp_())
+            shares = (rest - log_sums).exp_()
+            words = F.embedding(targets.clamp_max(len(weight) - 1), weight).masked_fill_(extra >= 0, 0.0)
+            named = (torch.arange(added.shape[1], device=extra.device) == extra).to(wide)
+            # Differences, since what is nearly right leaves little of two that are rounded.
+            kept = mean - words, mean, shares - named, shares
+            ctx.save_for_backward(*(x.to(y.dtype) for x, y in zip(kept, (hidden, hidden, added, added))))
         own = torch.where(extra < 0, own, rest.gather(1, extra.clamp_min(0)))
-        return (all_words - own)[:, 0].float()
+        return (log_sums - own)[:, 0].float(), log_sums[:, 0].float()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
-        hidden, added = ((x * grads[0][:, None]).to(x.dtype) for x in ctx.saved_tensors)
-        return None, None, hidden, added, None
+    def backward(ctx, *grads: Tensor | None) -> tuple[None, None, Tensor | None, Tensor | None, None]:
+        ways = [grad[:, None] if grad is not None else None for grad in grads]
+        found = []
+        for pair in (ctx.saved_tensors[:2], ctx.saved_tensors[2:]):
+            parts = [x * grad for x, grad in zip(pair, ways, strict=True) if grad is not None]
+            found.append(sum(parts[1:], parts[0]).to(pair[0].dtype) if parts else None)
+        return None, None, found[0], found[1], None
 
 
 def _read(
@@ -106,8 +113,11 @@ def _read(
     return top, total, own
 
 
-def head_nll(weight: Tensor, bias: Tensor | None, hidden: Tensor, added: Tensor, targets: Tensor) -> Tensor:
-    """`token_nll` of what goes into a frozen head: float[M', W], int64[M] -> float32[M].
+def head_nll(
+    weight: Tensor, bias: Tensor | None, hidden: Tensor, added: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`token_nll` of what goes into a frozen head: float[M', W], int64[M] -> float32[M]; and log-sum-exp
+    of its logits, float32[M].
 
     weight: float[V, W], bias: float[V], of the head, which get no gradient; added: float[M', A], logits of
     the added tokens, which follow the words. Logits exist for `head_words` words at a time, and the
@@ -115,7 +125,8 @@ def head_nll(weight: Tensor, bias: Tensor | None, hidden: Tensor, added: Tensor,
     (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1).
     """
     filled = F.pad(targets, (0, len(hidden) - len(targets)))
-    return _HeadNLL.apply(weight, bias, hidden, added, filled)[: len(targets)]  # type: ignore[index]
+    nll, log_sums = _HeadNLL.apply(weight, bias, hidden, added, filled)  # type: ignore[misc]
+    return nll[: len(targets)], log_sums[: len(targets)]
 
 
 def loss_of(

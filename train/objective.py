@@ -50,11 +50,11 @@ class Objective(nn.Module):
         sums = torch.zeros(len(shares), dtype=torch.float64, device=self.model.device)
         for rows in passes:  # also without a target: the other ranks run the same modules
             source = rows.target_source
-            nll, logits = self._nll(rows, blank)
+            nll, log_sums = self._nll(rows, blank)
             sums.index_add_(0, source, nll.detach().double())
             if self.z_loss:
-                assert logits is not None, "z-loss asks for logits"
-                nll = nll + self.z_loss * torch.logsumexp(logits[0].float(), dim=-1).square()
+                assert log_sums is not None
+                nll = nll + self.z_loss * log_sums.square()
             loss = loss + (nll * share[source]).sum()
         if torch.is_grad_enabled():
             # What no row of this rank uses still takes part in every reduction.
@@ -71,7 +71,7 @@ class Objective(nn.Module):
         return [p for p in wanted if id(p) not in sure]
 
     def _nll(self, rows: Rows, blank: bool) -> tuple[Tensor, Tensor | None]:
-        """NLL of each target, row by row: float32[M]; and for z-loss its logits, float[1, M, V]."""
+        """float32[M] NLL of each target, row by row; and for z-loss float32[M], log-sum-exp of its logits."""
         device = self.model.device
         if not rows.image_keys:
             # Under ZeRO-3 all ranks must run the same modules: a picture that no target sees.
@@ -88,9 +88,11 @@ class Objective(nn.Module):
                 media=self.model.media(grids=_by_clip(grids, rows.frames), frames=rows.frames),
                 labels=rows.labels,
                 reduction="none",
-                skip_logits=not self.z_loss,
+                skip_logits=True,
             )
-        return out.loss, out.logits
+        if self.z_loss and out.logits is not None:
+            return out.loss, out.logits[0].float().logsumexp(dim=-1)
+        return out.loss, out.log_sums
 
 
 def _by_clip(grids: Tensor, frames: Tensor | None) -> Tensor:

@@ -39,7 +39,7 @@ def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
 def test_it_is_cross_entropy_of_the_heads_and_the_added_logits(parts, count, fill, bias):
     head, (hidden, added) = frozen_head(bias=bias), inputs(count + fill)
     targets, weights = torch.randint(WORDS + 2, (count,)), torch.randn(count)
-    ours = head_nll(head.weight, head.bias, hidden, added, targets)
+    ours, _ = head_nll(head.weight, head.bias, hidden, added, targets)
     logits = torch.cat((head(hidden), added), dim=1)[:count]
     theirs = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(ours, theirs, **CLOSE)
@@ -48,13 +48,28 @@ def test_it_is_cross_entropy_of_the_heads_and_the_added_logits(parts, count, fil
     assert not any(grad[count:].any() for grad in found)
 
 
+@pytest.mark.parametrize("beside_nll", [False, True])
+def test_log_sums_have_the_gradient_of_those_of_logits(parts, beside_nll):
+    """z-loss squares them."""
+    head, (hidden, added) = frozen_head(), inputs(40)
+    targets, weights = torch.randint(WORDS + 2, (37,)), torch.randn(37)
+    nll, ours = head_nll(head.weight, None, hidden, added, targets)
+    logits = torch.cat((head(hidden), added), dim=1)[:37]
+    theirs = logits.logsumexp(dim=1)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    also = (nll, F.cross_entropy(logits, targets, reduction="none")) if beside_nll else (0, 0)
+    losses = [(x.square() * weights + y).sum() for x, y in zip((ours, theirs), also, strict=True)]
+    found, wanted = (torch.autograd.grad(loss, (hidden, added)) for loss in losses)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_logits_far_apart_overflow_nowhere(parts):
     head, (hidden, added) = frozen_head(), inputs(20)
     targets = torch.arange(20) % (WORDS + 2)
     with torch.no_grad():
         hidden *= 1000
         added[::2] *= 1000
-    ours = head_nll(head.weight, None, hidden, added, targets)
+    ours, _ = head_nll(head.weight, None, hidden, added, targets)
     theirs = F.cross_entropy(torch.cat((head(hidden), added), dim=1), targets, reduction="none")
     torch.testing.assert_close(ours, theirs, **CLOSE)
     found, wanted = (torch.autograd.grad(nll.sum(), (hidden, added)) for nll in (ours, theirs))
@@ -65,7 +80,7 @@ def test_logits_far_apart_overflow_nowhere(parts):
 def test_bfloat16_logits_are_summed_in_float32(parts):
     head, (hidden, added) = frozen_head(torch.bfloat16), inputs(50, torch.bfloat16)
     targets = torch.randint(WORDS + 2, (50,))
-    ours = head_nll(head.weight, None, hidden, added, targets)
+    ours, _ = head_nll(head.weight, None, hidden, added, targets)
     theirs = F.cross_entropy(torch.cat((head(hidden), added), dim=1).float(), targets, reduction="none")
     torch.testing.assert_close(ours, theirs, **CLOSE)
     found, wanted = (torch.autograd.grad(nll.sum(), (hidden, added)) for nll in (ours, theirs))
@@ -77,7 +92,7 @@ def test_float32_weights_are_multiplied_in_autocasts_arithmetic():
     head, (hidden, added) = frozen_head(), inputs(50)
     targets = torch.randint(WORDS + 2, (50,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = head_nll(head.weight, None, hidden, added, targets)
+        ours, _ = head_nll(head.weight, None, hidden, added, targets)
         logits = head(hidden)
     assert logits.dtype == torch.bfloat16
     theirs = F.cross_entropy(torch.cat((logits.float(), added), dim=1), targets, reduction="none")
@@ -87,7 +102,7 @@ def test_float32_weights_are_multiplied_in_autocasts_arithmetic():
 def test_no_more_than_a_part_of_the_logits_is_made_at_one_time(parts):
     head, (hidden, added) = frozen_head(), inputs(30)
     with Widest() as widest:
-        nll = head_nll(head.weight, None, hidden, added, torch.zeros(30, dtype=torch.int64))
+        nll, _ = head_nll(head.weight, None, hidden, added, torch.zeros(30, dtype=torch.int64))
     assert widest.columns == min(parts, WORDS)
     kept = nll.grad_fn.next_functions[0][0].saved_tensors  # type: ignore[union-attr]
     assert {x.shape for x in kept} == {hidden.shape, added.shape}  # their gradients, no logits
@@ -111,9 +126,9 @@ def test_without_gradients_none_are_made():
     head, (hidden, added) = frozen_head(), inputs(5)
     targets = torch.arange(5)
     with torch.no_grad():
-        quiet = head_nll(head.weight, None, hidden, added, targets)
+        quiet, _ = head_nll(head.weight, None, hidden, added, targets)
     assert not quiet.requires_grad
-    assert torch.equal(quiet, head_nll(head.weight, None, hidden, added, targets).detach())
+    assert torch.equal(quiet, head_nll(head.weight, None, hidden, added, targets)[0].detach())
 
 
 # -- in the model ------------------------------------------------------------------------------

@@ -206,14 +206,33 @@ def test_without_gradients_the_loss_is_the_same(objective, make_batch):
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])
-def test_the_head_makes_logits_of_all_targets_for_the_z_loss_only(model, make_batch, z_loss):
+def test_the_head_makes_no_logits_of_all_targets(model, make_batch, z_loss):
     objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.float32, z_loss)
     batch, made = make_batch([6, 7], [1, 2]), []
     head = model.get_output_embeddings()
     watching = head.register_forward_hook(lambda module, args, output: made.append(output.shape[1]))
     objective(passes({"captions": batch}), counts_of("captions", batch.n_targets))
     watching.remove()
-    assert len(made) == 1 and (made[0] >= batch.n_targets if z_loss else made[0] == 0)
+    assert made == [0]
+
+
+def test_the_z_loss_of_skipped_logits_is_that_of_logits(model, make_batch, monkeypatch):
+    objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.float32, z_loss=0.1)
+    batch = make_batch([6, 7], [1, 2])
+    given, counts = passes({"captions": batch}), counts_of("captions", batch.n_targets)
+    found = []
+    for skips in (True, False):
+        monkeypatch.setattr(type(model), "skips_logits", skips)
+        objective.zero_grad()
+        loss, _ = objective(given, counts)
+        loss.backward()
+        found.append((loss.item(), gradients(objective)))
+    (skipped, grads), (whole, wanted) = found
+    objective.z_loss = 0.0
+    assert skipped == pytest.approx(whole, rel=1e-6)
+    assert whole - objective(given, counts)[0].item() > 0.1
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, atol=1e-6, rtol=1e-4)
 
 
 def test_under_autocast_weights_and_gradients_stay_float32(model, make_batch):
