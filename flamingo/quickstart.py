@@ -17,7 +17,7 @@ ASKED = [
     *("--shots-limit", "1000", "--control-limit", "1000"),
 ]
 RECIPE = Path(__file__).parent / "train" / "recipes" / "quickstart.yaml"
-FAMILIES = {"captions": "pairs", "questions": "documents", "negations": "negations"}  # source -> its shards
+FAMILIES = {"captions": "pairs", "questions": "documents"}  # source -> its shards
 
 
 def backbones(data: Path) -> list[str]:

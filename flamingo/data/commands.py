@@ -38,8 +38,7 @@ def easy_vqa(
     licence), so nothing is downloaded.
 
     Written are pairs-*.tar (a picture and its caption), documents-*.tar
-    (several pictures, each with a question and its answer, in a row),
-    negations-*.tar (the same of questions like "is there no circle?") and
+    (several pictures, each with a question and its answer, in a row) and
     dataset.json (settings and counts). The test split is never written.
     """
     from flamingo.data.easy_vqa import write_shards
@@ -54,7 +53,7 @@ def easy_vqa(
         tools.stop(f"cannot write {out}: {error.strerror or error}")
     counts = card.counts
     typer.echo(
-        f"{out}: {counts['pairs']} caption pairs, {counts['documents'] + counts['negations']} documents "
+        f"{out}: {counts['pairs']} caption pairs, {counts['documents']} documents "
         f"({counts['questions']} questions) in {len(card.files)} shards; {card.licence}"
     )
 

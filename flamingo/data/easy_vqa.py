@@ -35,7 +35,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("color", "shape", "has color", "has shape", "lacks color", "lacks shape")
 SPLITS = ("train", "test")
-FORMAT = 3  # of what is written; raise it when the same settings give other bytes
+FORMAT = 4  # of what is written; raise it when the same settings give other bytes
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,12 @@ def write_shards(
     limit: int | None = None,
     track: Track = untracked,
 ) -> DatasetCard:
-    """Write the training split as three families of shards into the folder `out`.
+    """Write the training split as two families of shards into the folder `out`.
 
     pairs-000000.tar, ...: every picture with a caption ("A photo of a blue rectangle").
-    documents-000000.tar, ...: the questions without a negation, `turns` to a document, each with
-    its own picture, in an order drawn from `seed`; the last documents may be shorter.
-    negations-000000.tar, ...: the same of the questions with one ("is there no circle?"), apart
-    because a curriculum wants them later: whether a negated answer is yes depends on the picture,
-    the word and the negation at once, of which any two alone tell nothing.
+    documents-000000.tar, ...: the questions, `turns` to a document, each with its own picture, in
+    an order drawn from `seed`; the last document may be shorter. Questions with and without a
+    negation ("is there no circle?") share documents, as they do when few-shot prompts are drawn.
 
     Pictures whose pixels occur in the test split are left out. The same arguments give the same
     bytes; a complete folder of the same settings is left as it is.
@@ -189,20 +187,15 @@ def write_shards(
         raise ValueError(f"turns {turns}: there are only {counts['pictures']} different pictures")
     counts["pairs"] = len(captions)
     counts["pictures without caption"] = len({e.image_id for e in examples}) - len(captions)
-    families = {"documents": [], "negations": []}
     asked = _balanced(examples, balance, seed) if balance else examples
-    for example in asked:
-        families["negations" if example.kind.startswith("lacks") else "documents"].append(example)
-    documents = {name: _group(family, turns, seed) for name, family in families.items()}
-    counts["questions"] = len(asked)
-    counts |= {name: len(grouped) for name, grouped in documents.items()}
-    counts["shorter documents"] = sum(len(d) < turns for ds in documents.values() for d in ds)
+    documents = _group(asked, turns, seed)
+    counts |= {"questions": len(asked), "documents": len(documents)}
+    counts["shorter documents"] = sum(len(document) < turns for document in documents)
     with new_folder(out) as folder:
         pairs = (_pair(*item) for item in track(captions.items(), "pairs", len(captions)))
         files = write_tars(folder, "pairs", pairs, per_shard)
-        for name, grouped in documents.items():
-            filled = track(enumerate(grouped), name, len(grouped))
-            files |= write_tars(folder, name, (_document(*d) for d in filled), per_shard)
+        filled = track(enumerate(documents), "documents", len(documents))
+        files |= write_tars(folder, "documents", (_document(*d) for d in filled), per_shard)
         licence = _licence()
         (folder / "LICENSE").write_text(licence)
         card = DatasetCard(settings, counts, files, licence.splitlines()[0])

@@ -63,7 +63,6 @@ def basic(world: Path, random_backbones: Path, tmp_path_factory: pytest.TempPath
         "model.frozen_dtype=float32", "autocast=float32",
         f"sources.captions.shards={shards / 'pairs-*.tar'}",
         f"sources.questions.shards={shards / 'documents-*.tar'}",
-        f"sources.negations.shards={shards / 'negations-*.tar'}",
     ]  # fmt: skip
     done(cli, "train", RECIPES / "resnet-gpt2.yaml", *settings, "--processes", "2")
     return run
