@@ -42,7 +42,7 @@ def main(run: Path, data: Path, steps: int | None, say: Callable[[str], None]) -
     say(
         "Quickstart: convert two frozen backbones, write easy-VQA as shards, train the connecting part\n"
         "on two CPU processes (or all GPUs), ask 13,673 test questions, write a report.\n"
-        "20 to 50 minutes on two cores; `make quickstart STEPS=100` ends sooner and knows less."
+        "25 to 60 minutes on two cores; `make quickstart STEPS=100` ends sooner and knows less."
     )
     began = time.monotonic()
     overrides = [f"run={run}", *([f"steps={steps}"] if steps else [])]
