@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,8 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(folder: Path, tmp_path: Path
     command = [sys.executable, "-m", "flamingo.cli", "chat", str(folder / "model")]
     # Most answers of this model end by themselves within a second; the one of this seed has 694 tokens.
     command += ["--max-new-tokens", "1900", "--set", "temperature=3", "--set", "seed=0"]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in a shell's background ignore it
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=hears)
     os.close(theirs)
     try:
         _until(terminal, b"> ")

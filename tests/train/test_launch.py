@@ -82,6 +82,7 @@ def started(folder: Path) -> multiprocessing.Process:
     program.write_text(textwrap.dedent(LAUNCHER))
 
     def run() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
         command = [sys.executable, str(program), RANK, str(folder / "listens")]
         os._exit(supervise(command, dict(os.environ)))
 
