@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 
 pytest.importorskip("benchmarks.step_rate", reason="the benchmarks lie beside the package, in the repository")
 
 from benchmarks import step_rate  # noqa: E402
+from flamingo.train.config import read_recipe  # noqa: E402
 
 SIZES = {"tokens": 5, "targets": 2, "images": 1}
 
@@ -49,3 +51,9 @@ def test_the_share_is_of_the_peak_beside_the_step_and_not_of_the_best():
 def test_ranks_are_compared_round_by_round():
     one, two = [[{"seconds": 1.0}], [{"seconds": 4.0}]], [[{"seconds": 2.0}], [{"seconds": 2.0}]]
     assert step_rate.compared(one, two) == {"two_ranks_times_as_fast_as_one": 1.25, "range": [0.5, 2.0]}
+
+
+def test_every_step_is_logged_whatever_is_set(tmp_path):
+    options = Namespace(data=tmp_path, steps=30, set=["log_every=5", "compile=true"])
+    recipe = read_recipe(step_rate.RECIPE, step_rate.overrides(options, tmp_path))
+    assert recipe.log_every == 1 and recipe.compile
