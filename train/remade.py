@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Remade = tuple[Callable[[Tensor], Tensor], Tensor]
+# The same numbers in the same order: a product of more than two dimensions flattens what it keeps.
+RESHAPED = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
 def remade_activations() -> AbstractContextManager[Any]:
@@ -26,13 +28,17 @@ def remade_activations() -> AbstractContextManager[Any]:
 def packed(saved: Tensor) -> Tensor | Remade:
     """What is kept in place of `saved`: itself, or how it is made from what is kept anyway."""
     made_by: Any = saved.grad_fn
+    while made_by and made_by.name() in RESHAPED:
+        made_by = made_by.next_functions[0][0]
     name = made_by.name() if made_by else ""
     if name == "SiluBackward0":
-        return F.silu, made_by._saved_self.detach()
-    if name == "GeluBackward0":
-        gelu = partial(F.gelu, approximate=made_by._saved_approximate)
-        return gelu, made_by._saved_self.detach()
-    return saved
+        function: Callable[[Tensor], Tensor] = F.silu
+    elif name == "GeluBackward0":
+        function = partial(F.gelu, approximate=made_by._saved_approximate)
+    else:
+        return saved
+    # Of the saved shape: elementwise, an activation does not mind.
+    return function, made_by._saved_self.detach().reshape(saved.shape)
 
 
 def unpacked(kept: Tensor | Remade) -> Tensor:

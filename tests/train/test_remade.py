@@ -43,10 +43,12 @@ def test_gradients_are_the_same_to_the_bit(activation, trained, gated):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[:3], ids=["silu", "gelu", "gelu by tanh"])
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_output_is_not_kept(activation, trained):
-    """Neither by a frozen gated layer, which multiplies it, nor by a trained one, which projects it."""
+@pytest.mark.parametrize("shape", [(16, 8), (2, 8, 8)], ids=["rows", "pictures"])
+def test_the_output_is_not_kept(activation, trained, shape):
+    """Neither by a frozen gated layer, which multiplies it, nor by a trained one, which projects it, also
+    where it flattens it before (the resampler's, of several pictures)."""
     gate, up, down = layers(trained)
-    given = torch.randn(16, 8, requires_grad=True)
+    given = torch.randn(shape, requires_grad=True)
 
     def keeps_it(pack) -> bool:
         kept = []
