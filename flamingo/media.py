@@ -125,9 +125,28 @@ def filled_up(wanted: Tensor) -> tuple[Tensor, Tensor]:
     return mine, torch.cat((mine, (~wanted).nonzero().squeeze(1)[:missing]))
 
 
+PIECE = 32  # tokens of a run, where runs are cut
+WORTH = 0.6  # of the slots of whole runs: with more left, copying latents costs what it saves
+
+
+def _begins(starts: Tensor) -> Tensor:
+    """bool[K], where runs of K tokens begin -> the same, or where pieces of `PIECE` tokens of them begin.
+
+    All runs have the slots of the longest. A document's last picture is followed by ten times a caption's
+    tokens: most slots would be empty.
+    """
+    index = torch.arange(len(starts), device=starts.device)
+    first = starts.nonzero().squeeze(1)
+    place = index - torch.where(starts, index, 0).cummax(0).values
+    pieces = starts | (place % PIECE == 0)
+    whole = len(first) * (int(place.max()) + 1) if len(place) else 0
+    return pieces if int(pieces.sum()) * PIECE <= WORTH * whole else starts
+
+
 @dataclass(frozen=True)
 class Runs:
-    """Tokens grouped by the image that they see, so attention touches only its latents.
+    """Tokens grouped by the image that they see, so attention touches only its latents; long runs in
+    several pieces where others are short (`_begins`).
 
     image: int64[R] flat image of each run; source: int64[K], which of the B*T tokens see an image;
     member: int64[R, S] index into these K tokens, the slots beyond a run's end repeat its first
@@ -158,6 +177,7 @@ class Runs:
         row = source // max(1, seen.shape[1])
         starts = torch.ones_like(image, dtype=torch.bool)  # a new row or image starts a run
         starts[1:] = (image[1:] != image[:-1]) | (row[1:] != row[:-1])
+        starts = _begins(starts)
         run = starts.cumsum(0) - 1  # [K]
         first = starts.nonzero().squeeze(1)  # [R]
         place = torch.arange(len(image), device=seen.device) - first[run]

@@ -73,14 +73,7 @@ def test_it_equals_masked_attention_over_all_images(block, hidden, latents, atte
     torch.testing.assert_close(run(block, hidden, latents), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_rows_that_fill_up_a_product_change_neither_result_nor_gradients(block, hidden, latents, monkeypatch):
-    """133 tokens see an image, and products are of 136 rows."""
-    monkeypatch.setattr(runtime, "arithmetic", lambda: "bfloat16")  # whose products are prepared
-    open_gates(block, attention=0.8, feed_forward=-0.6)
-    seen, hidden = SEEN.repeat_interleave(7, dim=1), hidden.repeat_interleave(7, dim=1)
-    hidden += torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
-    runs = Runs.of(seen)
-    assert (len(runs.source), len(runs.rows)) == (133, 136)
+def assert_same_with_gradients(block, hidden, latents, seen) -> None:
     given = [hidden.requires_grad_(), latents.requires_grad_(), *block.parameters()]
     ours, theirs = run(block, hidden, latents, seen), by_mask(block, hidden, latents, seen)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -89,6 +82,26 @@ def test_rows_that_fill_up_a_product_change_neither_result_nor_gradients(block, 
         *(torch.autograd.grad((out * wanted).sum(), given) for out in (ours, theirs)), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_fill_up_a_product_change_neither_result_nor_gradients(block, hidden, latents, monkeypatch):
+    """133 tokens see an image, and products are of 136 rows."""
+    monkeypatch.setattr(runtime, "arithmetic", lambda: "bfloat16")  # whose products are prepared
+    open_gates(block, attention=0.8, feed_forward=-0.6)
+    seen, hidden = SEEN.repeat_interleave(7, dim=1), hidden.repeat_interleave(7, dim=1)
+    hidden += torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
+    runs = Runs.of(seen)
+    assert (len(runs.source), len(runs.rows)) == (133, 136)
+    assert_same_with_gradients(block, hidden, latents, seen)
+
+
+def test_runs_in_pieces_change_neither_result_nor_gradients(block, latents):
+    """A run of 200 tokens beside three of 4."""
+    open_gates(block, attention=0.8, feed_forward=-0.6)
+    seen = torch.tensor([[-1, *[0] * 4, *[1] * 4, *[2] * 4, *[3] * 200]])
+    assert len(Runs.of(seen)) == 3 + 7
+    hidden = torch.randn(*seen.shape, WIDTH, generator=torch.Generator().manual_seed(3))
+    assert_same_with_gradients(block, hidden, latents, seen)
 
 
 def test_tokens_before_any_image_get_exactly_nothing_from_the_attention(block, hidden, latents):

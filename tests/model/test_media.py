@@ -7,6 +7,7 @@ import torch
 
 from flamingo import runtime
 from flamingo.media import (
+    PIECE,
     Runs,
     image_offsets,
     immediate_image,
@@ -164,6 +165,24 @@ def test_there_is_one_run_per_row_and_image(seen):
     runs = Runs.of(seen)
     assert len(runs) == len(pairs)
     assert runs.token.shape[1] <= seen.shape[1]
+
+
+def test_long_runs_among_short_ones_are_cut_in_pieces():
+    """Slots are a few times the tokens at most, though one run has ten times the tokens of the others."""
+    counts = [9, 130, 12, 8, 65, 10]
+    seen = torch.tensor([[image for image, count in enumerate(counts) for _ in range(count)]])
+    runs = Runs.of(seen)
+    assert runs.member.shape == (5 + 1 + 3 + 3, PIECE)  # 130 = 4 x 32 + 2, 65 = 2 x 32 + 1
+    assert runs.image.tolist() == [0, 1, 1, 1, 1, 1, 2, 3, 4, 4, 4, 5]
+    assert runs.filled.sum() == sum(counts) and len(runs.slot.unique()) == sum(counts)
+    assert torch.equal(runs.image[runs.slot // PIECE], seen[0])
+
+
+@pytest.mark.parametrize("counts", [[40, 40, 40], [9, 12, 30], [70], [9, 45]])
+def test_runs_of_about_one_length_stay_whole(counts):
+    seen = torch.tensor([[image for image, count in enumerate(counts) for _ in range(count)]])
+    runs = Runs.of(seen)
+    assert len(runs) == len(counts) and runs.in_order
 
 
 @pytest.mark.parametrize(
