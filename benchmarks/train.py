@@ -40,7 +40,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=4, help="interleaved documents per step")
     parser.add_argument("--every", type=int, default=4, help="LM layers per gated block")
     parser.add_argument("--resampler-depth", type=int, default=2, help="layers; OpenFlamingo's models: 6")
-    parser.add_argument("--pack-tokens", type=int, default=256)
+    parser.add_argument("--pack-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="that are counted")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before: fresh memory is slow")
     parser.add_argument("--together", type=int, default=4, help="sides in memory at a time, 2 or more")

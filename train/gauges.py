@@ -11,9 +11,11 @@ import math
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.data.packing import Rows
@@ -62,20 +64,39 @@ def norms(names: Iterable[str], squares: Tensor) -> dict[str, float]:
     return {name: float(f"{root:.6g}") for name, root in zip(names, roots, strict=True)}
 
 
-def row_places(passes: Sequence[Rows], image_token_id: int = -1, image_tokens: int = 1) -> int:
-    """B x T of all rows of a micro-batch as the LM reads them, each <image> as `image_tokens`: with the
-    tokens in them, it gives the padding's share."""
-    return sum(len(rows.input_ids) * _width(rows, image_token_id, image_tokens) for rows in passes)
+@dataclass(frozen=True)
+class Held:
+    """What rows hold. tokens: in them, without padding, an <image> one; read_tokens: the same as the LM reads
+    them; pairs: of tokens of one document as the LM reads them; row_places: B x T of the rows as it reads
+    them: with the tokens read, it gives the padding's share."""
+
+    tokens: int = 0
+    read_tokens: int = 0
+    pairs: int = 0
+    row_places: int = 0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def _width(rows: Rows, image_token_id: int, image_tokens: int) -> int:
-    """T of the rows as the LM reads them: they end where the longest does."""
-    if image_tokens == 1:
-        return rows.input_ids.shape[1]
-    held = rows.attention_mask if rows.segment_ids is None else rows.segment_ids >= 0
-    assert held is not None
-    more = (rows.input_ids == image_token_id).sum(dim=1) * (image_tokens - 1)
-    return int((held.sum(dim=1) + more).max())
+def held(passes: Sequence[Rows], image_token_id: int = -1, image_tokens: int = 1) -> Held:
+    """Of all rows of a micro-batch, each <image> read as `image_tokens`."""
+    return sum((_held(rows, image_token_id, image_tokens) for rows in passes), Held())
+
+
+def _held(rows: Rows, image_token_id: int, image_tokens: int) -> Held:
+    count, width = rows.input_ids.shape
+    if rows.segment_ids is None:
+        assert rows.attention_mask is not None
+        document, inside = torch.zeros_like(rows.input_ids), rows.attention_mask != 0
+    else:
+        document, inside = rows.segment_ids, rows.segment_ids >= 0
+    number = document + width * rearrange(torch.arange(count, device=document.device), "b -> b 1")
+    more = (rows.input_ids == image_token_id).long() * (image_tokens - 1)
+    lengths = torch.bincount(number[inside], weights=(1 + more)[inside].double())
+    # Rows that grow with their images end where the longest does.
+    longest = width if image_tokens == 1 else int(((1 + more) * inside).sum(dim=1).max())
+    return Held(int(inside.sum()), int(lengths.sum()), int(lengths.square().sum()), count * longest)
 
 
 def memory_gb(device: torch.device) -> float:
@@ -97,7 +118,7 @@ def derived(
     Args:
         record: `seconds` of the whole step with the wait for data, `data_seconds` of that wait;
             `samples`, `tokens`, `images` and `row_places` over all ranks, each where it is counted;
-            `read_tokens`, as the LM reads them, where images are several each.
+            `read_tokens`, those that the LM reads.
         flops: what the model has to compute in this step, over all ranks.
         peak: FLOP/s that all ranks' devices together reach in matrix products, as measured.
 

@@ -20,7 +20,7 @@ from flamingo.train.config import Recipe
 from flamingo.train.engine import Engine, sum_over_ranks
 from flamingo.train.faults import Faults
 from flamingo.train.flops import step_flops
-from flamingo.train.gauges import derived, gates, memory_gb, row_places
+from flamingo.train.gauges import Held, derived, gates, held, memory_gb
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
@@ -120,11 +120,11 @@ class Trainer:
         torch.manual_seed(draw(recipe.seed, "step", step, self.dataset.rank) >> 1)
         targets = self.count_targets(batches)
         rate = learning_rate(step, recipe.steps, recipe.optimizer)
-        sums, places = torch.zeros(len(self.names), dtype=torch.float64), 0
+        sums, read = torch.zeros(len(self.names), dtype=torch.float64), Held()
         for number in range(recipe.accumulation):
             rows = self.rows(batches, number)
-            places += row_places(rows, *self._image)
-            loss, parts = engine(rows, targets)
+            read += held(rows, *self._image)
+            loss, parts = engine(self._moved(rows), targets)
             engine.backward(loss)
             sums += parts.cpu()
             if number + 1 < recipe.accumulation:
@@ -144,16 +144,18 @@ class Trainer:
             "grad_norms": {n: round(value, 6) for n, value in norms.items() if math.isfinite(value)},
             **({"step_skipped": 1} if skipped else {}),
             **gates(self.objective.model.gated_blocks),
-            **self._sizes(batches, places, sum(targets.values())),
+            **self._sizes(batches, read, sum(targets.values())),
         }
 
     def rows(self, batches: StepBatches, number: int) -> list[Rows]:
-        """Micro-batch `number` of all sources as rows on this rank's device."""
+        """Micro-batch `number` of all sources as rows."""
         micro = [batches[name][number] if name in batches else None for name in self.names]
         if self.pack_tokens:
-            passes = packed(micro, self.pack_tokens, *self._image)
-        else:
-            passes = padded(micro)
+            return packed(micro, self.pack_tokens, *self._image)
+        return padded(micro)
+
+    def _moved(self, passes: list[Rows]) -> list[Rows]:
+        """On this rank's device."""
         return [rows.to(self.engine.device, non_blocking=True) for rows in passes]
 
     def count_targets(self, batches: StepBatches) -> dict[str, int]:
@@ -167,7 +169,8 @@ class Trainer:
         """The step's loss with its images replaced by blanks: equal means it does not look."""
         targets, sums = self.count_targets(batches), torch.zeros(len(self.names), dtype=torch.float64)
         for number in range(self.recipe.accumulation):
-            _, parts = self.objective(self.rows(batches, number), targets, blank=True)
+            rows = self._moved(self.rows(batches, number))
+            _, parts = self.objective(rows, targets, blank=True)
             sums += parts.cpu()
         return self._mean(sums, targets)
 
@@ -181,30 +184,27 @@ class Trainer:
     def _skipped(batches: StepBatches) -> list[Skipped]:
         return [bad for part in batches.values() for batch in part for bad in batch.skipped]
 
-    def _sizes(self, batches: StepBatches, places: int, targets: int) -> dict[str, Any]:
+    def _sizes(self, batches: StepBatches, read: Held, targets: int) -> dict[str, Any]:
         """What the step held, over all ranks, and what it cost."""
         every = [batch for part in batches.values() for batch in part]
-        token, each = self._image
-        lengths = [batch.attention_mask.sum(1) for batch in every]
-        marks = [(batch.input_ids == token).sum(1) for batch in every]
-        read = [length + (each - 1) * mark for length, mark in zip(lengths, marks, strict=True)]
         counts = {
             "samples": sum(len(batch.keys) for batch in every),
-            "tokens": sum(int(length.sum()) for length in lengths),
-            "read_tokens": sum(int(length.sum()) for length in read),
+            "tokens": sum(int(batch.attention_mask.sum()) for batch in every),
+            "read_tokens": read.read_tokens,
             "images": sum(len(batch.image_keys) for batch in every),
-            "marks": sum(int(mark.sum()) for mark in marks),
+            "marks": sum(int((batch.input_ids == self._image[0]).sum()) for batch in every),
             "skipped": sum(len(batch.skipped) for batch in every),
-            "row_places": places,
+            "row_places": read.row_places,
             "pictures": sum(len(batch.pixel_values) for batch in every),
-            "pairs": sum(int(length.square().sum()) for length in read),
+            "pairs": read.pairs,
+            "held": read.tokens,
         }
         total = sum_over_ranks(torch.tensor(list(counts.values()), device=self.engine.device)).tolist()
         sizes: dict[str, Any] = dict(zip(counts, total, strict=True))
         model = self.objective.model
         sizes["flops"] = step_flops(
             model.config if self.engine.stage == 3 else model,  # in pieces, weights have no shapes
-            tokens=sizes["tokens"],
+            tokens=sizes.pop("held"),
             targets=targets,
             images=sizes.pop("marks"),
             places=sizes["images"] * math.prod(model.config.vision_config.grid),  # type: ignore[union-attr]

@@ -2,7 +2,8 @@
 
 Packed, documents of all sources stand one after the other in a row, each a segment of its own:
 no attention across them, positions that restart, no image of another document in sight. Nothing
-is computed for padding but at the ends of rows, and matrix products are as tall as they can be.
+is computed for padding but at the ends of rows, and matrix products are as tall as they can be. Of a
+document's last token only the label is there: nothing follows that would need to read it.
 B rows, T tokens of the longest row, K <image> tokens, N pictures in the order of their tokens.
 """
 
@@ -25,8 +26,9 @@ class Rows:
     """What one forward pass sees.
 
     Attributes:
-        input_ids: int64[B, T]; labels: int64[B, T], `IGNORE` where there is no loss, not shifted.
-        source: int64[B, T], the number of the batch that a token came from.
+        input_ids: int64[B, T]; labels: int64[B, T], `IGNORE` where there is no loss, not shifted: the token
+            before predicts them, also where they are the next document's (`packed`).
+        source: int64[B, T], the number of the batch that a label came from.
         attention_mask: int64[B, T] for padded rows, None for packed ones.
         segment_ids: int64[B, T] for packed rows, None for padded ones; the padding at the end of
             a row is a segment too.
@@ -108,9 +110,9 @@ def with_image(rows: Rows, image_token_id: int) -> Rows:
 @dataclass
 class _Piece:
     """One document of one batch: its tokens, which of all pictures are its own, and how many of
-    them each of its <image> tokens has."""
+    them each of its <image> tokens has. source, as long: where each label came from."""
 
-    source: int
+    source: Tensor
     ids: Tensor
     labels: Tensor
     images: list[int]
@@ -131,6 +133,7 @@ def packed(
     """
     joined = [(number, batch) for number, batch in enumerate(batches) if batch is not None]
     rows = _level(_pieces(joined, image_token_id, image_tokens), row_tokens)
+    rows = [_closed_up(row, image_token_id) for row in rows]
     longest = max(sum(len(piece.ids) for piece in row) for row in rows)
     length = min(recurring(longest), row_tokens)
     order = [image for row in rows for piece in row for image in piece.images]
@@ -140,7 +143,7 @@ def packed(
         Rows(
             input_ids=_join([[piece.ids for piece in row] for row in rows], 0, length),
             labels=_join([[piece.labels for piece in row] for row in rows], IGNORE, length),
-            source=_join([[torch.full_like(p.ids, p.source) for p in row] for row in rows], 0, length),
+            source=_join([[piece.source for piece in row] for row in rows], 0, length),
             attention_mask=None,
             segment_ids=_join(
                 [[torch.full_like(p.ids, number) for number, p in enumerate(row)] for row in rows], -1, length
@@ -180,13 +183,14 @@ def _pieces(batches: list[tuple[int, Batch]], image_token_id: int, image_tokens:
         counts = (batch.input_ids == image_token_id).sum(dim=1).tolist()
         frames = iter([1] * sum(counts) if batch.frames is None else batch.frames.tolist())
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            labels = batch.labels[row, :length].clone()
+            ids, labels = batch.input_ids[row, :length], batch.labels[row, :length].clone()
             labels[0] = IGNORE  # the document before must not predict the first token of this one
+            sources = torch.full_like(ids, number)
             mine = list(islice(frames, count))
             images = list(range(first, first + sum(mine)))
             ahead = batch.look_ahead is not None and bool(batch.look_ahead[row])
             read = length + count * (image_tokens - 1)
-            pieces.append(_Piece(number, batch.input_ids[row, :length], labels, images, mine, ahead, read))
+            pieces.append(_Piece(sources, ids, labels, images, mine, ahead, read))
             first += sum(mine)
     return pieces
 
@@ -223,6 +227,22 @@ def _first_fit(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
         rows[place].append(piece)
         room[place] -= length
     return rows
+
+
+def _closed_up(row: list[_Piece], image_token_id: int) -> list[_Piece]:
+    """The documents of a row, all but its last without their last token, whose label stands at the first
+    token of the next document. A picture's token stays: it has a picture."""
+    out, moved = [], None  # what the next document's first token gets: a label and its source
+    for number, piece in enumerate(row):
+        labels, source = piece.labels, piece.source
+        if moved is not None:
+            first, rest = (torch.stack(moved), torch.stack((labels, source))[:, 1:])
+            labels, source = torch.cat((first[:, None], rest), dim=1)
+        shorter = number + 1 < len(row) and len(piece.ids) > 1 and piece.ids[-1] != image_token_id
+        moved = (labels[-1], source[-1]) if shorter else None
+        read = slice(None, -1 if shorter else None)
+        out.append(replace(piece, ids=piece.ids[read], labels=labels[read], source=source[read]))
+    return out
 
 
 def _join(rows: list[list[Tensor]], fill: int, length: int) -> Tensor:

@@ -34,13 +34,20 @@ def batch(*documents: str, first: int = 0, known: tuple[str, ...] = ()) -> Batch
 
 
 def documents(rows) -> list[tuple[int, tuple[int, ...]]]:
-    """(source, tokens) of each segment that is not padding."""
+    """(source, tokens) of each segment that is not padding, with the last token, of which only the label
+    is there: at the first token of the next."""
     found = []
-    for ids, source, segments in zip(rows.input_ids, rows.source, rows.segment_ids, strict=True):
+    for ids, labels, source, segments in zip(
+        rows.input_ids, rows.labels, rows.source, rows.segment_ids, strict=True
+    ):
         for number in range(int(segments.max()) + 1):
-            inside = segments == number
-            assert inside.nonzero().squeeze(1).diff().eq(1).all()  # in one piece
-            found.append((int(source[inside][0]), tuple(ids[inside].tolist())))
+            inside = (segments == number).nonzero().squeeze(1)
+            assert inside.diff().eq(1).all()  # in one piece
+            tokens, last = ids[inside].tolist(), int(inside[-1])
+            if number < segments.max():
+                last += 1
+                tokens.append(int(labels[last]))
+            found.append((int(source[last]), tuple(tokens)))
     return found
 
 
@@ -59,13 +66,27 @@ def test_every_document_stands_in_one_piece_in_one_row(row_tokens):
 
 def test_one_long_row_has_no_padding():
     (rows,) = packed([CAPTIONS, TURNS], 100, IMAGE)
-    assert rows.input_ids.shape == (1, 14) and (rows.segment_ids >= 0).all()
+    assert rows.input_ids.shape == (1, 14 - 3) and (rows.segment_ids >= 0).all()
+
+
+def test_no_last_token_is_read_but_at_the_end_of_a_row_and_of_pictures():
+    """What follows it is nothing. `n` has no loss there."""
+    sources = [batch("Iab", "abI"), batch("IaIbcn", "Id", first=5)]
+    sources[1].labels[0, 5] = IGNORE
+    (rows,) = packed(sources, 100, IMAGE)
+    I, a, b, c, d = IMAGE, 1, 2, 3, 4  # noqa: E741
+    assert rows.input_ids.tolist() == [[I, a, I, b, c, I, a, a, b, I, I, d]]
+    assert rows.segment_ids.tolist() == [[0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3]]
+    X = IGNORE
+    assert rows.labels.tolist() == [[X, a, X, b, c, X, a, b, b, X, X, d]]
+    assert rows.target_source.tolist() == [1, 1, 1, 0, 0, 0, 1]
+    assert rows.image_keys == ["5.0", "5.1", "0.0", "1.0", "6.0"]
 
 
 def test_rows_are_level_so_that_few_are_filled_up():
     many = batch("Iabcd", "Iabcd", "Iabcd", "Iabcd", "Ia", "Ia")  # 24 tokens
     (rows,) = packed([many], 18, IMAGE)
-    assert rows.input_ids.shape == (2, 12) and (rows.segment_ids >= 0).all()
+    assert rows.input_ids.shape == (2, 12 - 2) and (rows.segment_ids >= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +115,7 @@ def test_images_count_with_all_tokens_that_the_lm_reads():
         (row >= 0).sum() + 3 * (ids == IMAGE).sum()
         for row, ids in zip(rows.segment_ids, rows.input_ids, strict=True)
     ]
-    assert sorted(int(length) for length in lengths) == [3, 11, 12]
+    assert sorted(int(length) for length in lengths) == [3, 11 - 1, 12]
     with pytest.raises(
         ValueError, match="a document of 12 tokens does not fit .* row of 11: raise pack_tokens"
     ):
@@ -111,7 +132,7 @@ def test_no_document_predicts_the_first_token_of_the_next():
     (rows,) = packed([CAPTIONS, TURNS], 100, IMAGE)
     starts = torch.ones_like(rows.segment_ids, dtype=torch.bool)
     starts[:, 1:] = rows.segment_ids.diff(dim=1) != 0
-    assert (rows.labels[starts] == IGNORE).all()
+    assert rows.labels[starts].tolist() == [IGNORE, 4, 2, 7]  # the last tokens of aIbIcd, Iab and efg
     assert len(rows.target_source) == CAPTIONS.n_targets + TURNS.n_targets
     assert rows.target_source.bincount().tolist() == [CAPTIONS.n_targets, TURNS.n_targets]
 

@@ -76,20 +76,23 @@ def test_a_gradient_that_is_not_finite_shows_in_its_group_only():
 
 def test_padding_is_what_no_token_fills(make_batch):
     batches = [make_batch([6, 2], images=[1, 0])]
-    tokens = int(batches[0].attention_mask.sum())
-    assert tokens == 8 + 3
-    shares = []
-    for passes in (padded(batches), packed(batches, 16, image_token_id=21)):
-        record = {"tokens": tokens, "row_places": gauges.row_places(passes)}
-        shares.append(gauges.derived(record)["padding_share"])
-    assert shares == pytest.approx([1 - 11 / 16, 0.0], abs=1e-4)  # two rows of eight; one of eleven
+    assert int(batches[0].attention_mask.sum()) == 8 + 3
+    found = [
+        gauges.held(passes) for passes in (padded(batches), packed(batches, 16, 21), packed(batches, 8, 21))
+    ]
+    # Two rows of eight; one without the first document's last token; two again, each with its own.
+    assert [part.row_places for part in found] == [16, 10, 16]
+    assert [part.tokens for part in found] == [part.read_tokens for part in found] == [11, 10, 11]
+    assert [part.pairs for part in found] == [8**2 + 3**2, 7**2 + 3**2, 8**2 + 3**2]
+    shares = [gauges.derived({"tokens": 11, **vars(part)})["padding_share"] for part in found]
+    assert shares == pytest.approx([1 - 11 / 16, 0.0, 1 - 11 / 16], abs=1e-4)
+    assert sum(found, gauges.Held()) == gauges.Held(32, 32, 73 + 58 + 73, 42)
 
 
 def test_padding_of_rows_that_grow_with_their_images_is_counted_as_the_lm_reads_them(make_batch):
     batches = [make_batch([6, 2], images=[1, 0])]
     model = tiny_model(connector="mlp", fusion="prefix")
     token, each = model.config.image_token_id, model.image_tokens  # 4 places: 4 tokens
-    read = 8 + 3 + (each - 1)
     for passes in (padded(batches), packed(batches, 16, token, each)):
         widths = []
         model.language_model.register_forward_pre_hook(
@@ -100,11 +103,13 @@ def test_padding_of_rows_that_grow_with_their_images_is_counted_as_the_lm_reads_
             model(
                 rows.input_ids, rows.attention_mask, pixels, segment_ids=rows.segment_ids, labels=rows.labels
             )
-        places = gauges.row_places(passes, token, each)
-        assert places == widths[0]  # what the LM got
-        record = {"tokens": 11, "read_tokens": read, "row_places": places}
-        assert gauges.derived(record)["padding_share"] == pytest.approx(1 - read / places, abs=1e-4)
-    assert places == read
+        held = gauges.held(passes, token, each)
+        assert held.row_places == widths[0]  # what the LM got
+        assert held.read_tokens == held.tokens + (each - 1)
+        record = {"tokens": 11, **vars(held)}
+        share = gauges.derived(record)["padding_share"]
+        assert share == pytest.approx(1 - held.read_tokens / held.row_places, abs=1e-4)
+    assert held.row_places == held.read_tokens == 10 + (each - 1) and share == 0.0
 
 
 def test_rates_and_shares_of_a_step():
