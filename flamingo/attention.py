@@ -13,18 +13,23 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from flamingo.attention_blocks import Blocks, blocks_of, whole_rows
+from flamingo.attention_blocks import Blocks, blocks_of, is_causal, whole_rows
 from flamingo.attention_graph import attend_in_blocks
-from flamingo.attention_products import Attention, Parts, all_at_once, looked_up, weights_of
+from flamingo.attention_products import (
+    LEARNED,
+    Attention,
+    Parts,
+    all_at_once,
+    in_parts,
+    looked_up,
+    weights_of,
+)
 
 NAME = "plain"
 READ = 64  # queries of a part, in `read`
-LEARNED = 128  # queries of a part with gradients
-_CAUSAL: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def plain_attention(
@@ -60,7 +65,7 @@ def plain_attention(
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
     if blocks is not None and torch.compiler.is_compiling() and not dropping:
-        return attend_in_blocks(query * factor, key, value, blocks)
+        return attend_in_blocks(query * factor, key, value, blocks), None
     if blocks is not None:
         query, key, value = (blocks.gather(x) for x in (query, key, value))
         attention_mask = blocks.mask
@@ -98,16 +103,6 @@ def _only_read(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.shape[2] > 1 and not learned and not torch.compiler.is_compiling()
 
 
-def is_causal(mask: Tensor) -> bool:
-    """Whether no query of float[B, 1, T, C] sees a key after itself; asked once per mask, as all layers
-    of a pass get the same."""
-    if mask not in _CAUSAL:
-        queries, keys = mask.shape[2:]
-        after = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
-        _CAUSAL[mask] = not bool(((mask > torch.finfo(mask.dtype).min / 2) & after).any())
-    return _CAUSAL[mask]
-
-
 def read(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Causal attention without gradients: float[B, H, T, D], float[B, K, C, D] -> float[B, T, H, D].
 
@@ -117,16 +112,10 @@ def read(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
     groups, queries, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     query = rearrange(query * scaling, "b (k g) t d -> b k g t d", g=groups)
     parts = []
-    for some, seen in _parts(queries, keys, READ):
+    for some, seen in in_parts(queries, keys, READ):
         weights = weights_of(query[:, :, :, some], key[:, :, seen], mask[:, :, some, seen])
         parts.append(rearrange(looked_up(weights, value[:, :, seen]), "b k g t d -> b t (k g) d"))
     return torch.cat(parts, dim=1)
-
-
-def _parts(queries: int, keys: int, many: int) -> Parts:
-    """Causal rows: so many queries at a time, with the keys up to the last of them."""
-    some = [slice(start, min(start + many, queries)) for start in range(0, queries, many)]
-    return [(part, slice(0, keys - queries + part.stop)) for part in some]
 
 
 def _learned_parts(queries: int, keys: int, mask: Tensor | None) -> Parts:
@@ -134,7 +123,7 @@ def _learned_parts(queries: int, keys: int, mask: Tensor | None) -> Parts:
     another for every length."""
     if mask is None or queries <= LEARNED or torch.compiler.is_compiling() or not is_causal(mask):
         return all_at_once(queries, keys)
-    return _parts(queries, keys, LEARNED)
+    return in_parts(queries, keys, LEARNED)
 
 
 def attend_plainly(language_model: Any) -> None:

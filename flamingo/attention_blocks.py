@@ -25,13 +25,14 @@ class Blocks:
     """Attributes:
     tokens: int64[M, S], the number of the token (row by row) at each place; 0 at unused places.
     places: int64[B*T], the place of each token. used: bool[M, S].
-    mask: float[M, 1, S, S], added to the scores.
+    mask: float[M, 1, S, S], added to the scores. causal: whether no place sees one after itself.
     """
 
     tokens: Tensor
     places: Tensor
     used: Tensor
     mask: Tensor
+    causal: bool
 
     def gather(self, x: Tensor) -> Tensor:
         """float[B, H, T, D] -> float[M, H, S, D]."""
@@ -47,6 +48,7 @@ class Blocks:
 
 
 _FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_CAUSAL: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def blocks_of(mask: Tensor) -> Blocks | None:
@@ -59,11 +61,22 @@ def blocks_of(mask: Tensor) -> Blocks | None:
     return _FOUND[mask]
 
 
+def is_causal(mask: Tensor) -> bool:
+    """Whether no query of float[B, 1, T, C] sees a key after itself; asked once per mask, as all layers
+    of a pass get the same."""
+    if mask not in _CAUSAL:
+        queries, keys = mask.shape[2:]
+        after = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
+        _CAUSAL[mask] = not bool(((mask > torch.finfo(mask.dtype).min / 2) & after).any())
+    return _CAUSAL[mask]
+
+
 def whole_rows(mask: Tensor) -> Blocks:
     """Each row of float[B, 1, T, T] as a block of its own."""
     places = torch.arange(mask.shape[0] * mask.shape[2], device=mask.device)
     tokens = rearrange(places, "(b t) -> b t", b=mask.shape[0]).clone()  # a view would be a graph of its own
-    return Blocks(tokens, places, torch.ones_like(tokens, dtype=torch.bool), mask.clone())
+    used = torch.ones_like(tokens, dtype=torch.bool)
+    return Blocks(tokens, places, used, mask.clone(), is_causal(mask))
 
 
 @torch.no_grad()
@@ -88,7 +101,8 @@ def _find(mask: Tensor) -> Blocks | None:
     row, place = tokens // len(index), tokens % len(index)
     inner = mask[:, 0][row[:, :, None], place[:, :, None], place[:, None, :]]  # [M, S, S]
     inner = inner.masked_fill(~used[:, None, :], lowest)
-    return Blocks(tokens, places, used, rearrange(inner, "m q k -> m 1 q k"))
+    inner = rearrange(inner, "m q k -> m 1 q k")
+    return Blocks(tokens, places, used, inner, is_causal(inner))
 
 
 def _filled(starts: Tensor) -> list[list[int]]:

@@ -8,6 +8,7 @@ places (`flamingo.attention_blocks`).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from einops import rearrange
 from torch import Tensor
 
 from flamingo.attention_blocks import Blocks
-from flamingo.attention_products import gradients, looked_up, weights_of
+from flamingo.attention_products import LEARNED, attended, gradients_of, in_parts
+
+WHOLE = 1 << 30  # queries of a part where not all keys that a query sees are before it
 
 
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """float[B, H, T, D] scaled, float[B, K, T, D] twice -> float[B, T, H, D], weights float[M, H, S, S]."""
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> Tensor:
+    """float[B, H, T, D] scaled, float[B, K, T, D] twice -> float[B, T, H, D]."""
     held = (blocks.mask, blocks.tokens, blocks.places, blocks.used)
-    out, weights, *_ = _forward(query, key, value, *held)
-    return out, weights.detach().flatten(1, 2)
+    many = LEARNED if blocks.causal else WHOLE
+    return _forward(query, key, value, *held, many)[0]
 
 
 def _taken(x: Tensor, heads: int, tokens: Tensor, used: Tensor | None = None) -> Tensor:
@@ -42,14 +45,22 @@ def _put_back(x: Tensor, rows: int, places: Tensor) -> Tensor:
 
 @torch.library.custom_op("flamingo::attend", mutates_args=())
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: Tensor, places: Tensor, used: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    tokens: Tensor,
+    places: Tensor,
+    used: Tensor,
+    many: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What was looked up, the weights, and the queries, keys and values in blocks."""
+    """What was looked up, the weights of all parts of `many` queries one after the other, and the queries,
+    keys and values in blocks."""
     turned = (rearrange(x, "b h t d -> b t h d") for x in (query, key, value))
     q, k, v = (_taken(x, key.shape[1], tokens) for x in turned)
     k, v = k[:, :, 0], v[:, :, 0]
-    weights = weights_of(q, k, mask)
-    return _put_back(looked_up(weights, v), len(query), places), weights, q, k, v
+    out, weights = attended(q, k, v, mask, in_parts(q.shape[3], k.shape[2], many))
+    return _put_back(out, len(query), places), torch.cat([x.flatten() for x in weights]), q, k, v
 
 
 @torch.library.custom_op("flamingo::attend_backward", mutates_args=())
@@ -62,42 +73,50 @@ def _backward(
     tokens: Tensor,
     places: Tensor,
     used: Tensor,
+    many: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """float[B, T, H, D], and what `_forward` gave -> of queries float[B, T, H, D], of keys and of values
     float[B, T, K, D]."""
     above = _taken(grad, key.shape[1], tokens, used)
-    of_query, of_key, of_value = gradients(above, query, key, value, weights)
+    parts, rows = in_parts(query.shape[3], key.shape[2], many), query.shape[:3]
+    shapes = [(*rows, some.stop - some.start, seen.stop) for some, seen in parts]
+    pieces = weights.split([math.prod(shape) for shape in shapes])
+    of_part = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    of_query, of_key, of_value = gradients_of(above, query, key, value, of_part, parts)
     found = (of_query, of_key[:, :, None], of_value[:, :, None])
     first, second, third = (_put_back(x, len(grad), places) for x in found)
     return first, second, third
 
 
 @_forward.register_fake
-def _(query, key, value, mask, tokens, places, used):
+def _(query, key, value, mask, tokens, places, used, many):
     batch, heads, queries, width = query.shape
-    shared, (many, size) = key.shape[1], tokens.shape
-    grouped = query.new_empty(many, shared, heads // shared, size, width)
-    weights = query.new_empty(many, shared, heads // shared, size, size)
-    of_keys = (x.new_empty(many, shared, size, width) for x in (key, value))
+    shared, (blocks, size) = key.shape[1], tokens.shape
+    grouped = query.new_empty(blocks, shared, heads // shared, size, width)
+    parts = (size + many - 1) // many
+    longest = (size + parts - 1) // parts  # as `in_parts`, of sizes that need not be known
+    compared = longest * longest * (parts * (parts - 1) // 2) + (size - longest * (parts - 1)) * size
+    weights = query.new_empty(blocks * heads * compared)
+    of_keys = (x.new_empty(blocks, shared, size, width) for x in (key, value))
     return query.new_empty(batch, queries, heads, width), weights, grouped, *of_keys
 
 
 @_backward.register_fake
-def _(grad, query, key, value, weights, tokens, places, used):
+def _(grad, query, key, value, weights, tokens, places, used, many):
     batch, queries, _, width = grad.shape
     of_keys = (x.new_empty(batch, queries, x.shape[1], width) for x in (key, value))
     return torch.empty_like(grad, memory_format=torch.contiguous_format), *of_keys
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, tokens, places, used = inputs
+    *_, tokens, places, used, ctx.many = inputs
     _, weights, query, key, value = output
     ctx.save_for_backward(query, key, value, weights, tokens, places, used)
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    found = _backward(grad, *ctx.saved_tensors)
-    return *(rearrange(x, "b t h d -> b h t d") for x in found), *[None] * 4
+    found = _backward(grad, *ctx.saved_tensors, ctx.many)
+    return *(rearrange(x, "b t h d -> b h t d") for x in found), *[None] * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

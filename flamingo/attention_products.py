@@ -7,11 +7,14 @@ Queries come here scaled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+LEARNED = 128  # queries of a part with gradients
 Parts = list[tuple[slice, slice]]  # queries of a part, and the keys that any of them sees
 
 
@@ -48,47 +51,72 @@ def gradients(
     return of_query, scores.transpose(-1, -2) @ _as_rows(query), rows.transpose(-1, -2) @ grad
 
 
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parts: Parts
+) -> tuple[Tensor, list[Tensor]]:
+    """What was looked up, float[B, K, G, T, D], and the weights of each part of the queries.
+
+    In parts, the scores stay in the processor's cache: most of the time of rows of some hundred tokens is
+    not in their products, but in what is done to each score.
+    """
+    weights, out = [], []
+    for some, seen in parts:
+        of_part = None if mask is None else mask[:, :, some, seen]
+        weights.append(weights_of(query[:, :, :, some], key[:, :, seen], of_part))
+        out.append(looked_up(weights[-1], value[:, :, seen]))
+    return (torch.cat(out, dim=3) if len(parts) > 1 else out[0]), weights
+
+
+def gradients_of(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Sequence[Tensor], parts: Parts
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gradients` of what `attended` gave."""
+    if len(parts) == 1:
+        return gradients(grad, query, key, value, weights[0])
+    # Of keys and values each part has a share: the shares are added in float32.
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (key, value)]
+    found = []
+    for (some, seen), part in zip(parts, weights, strict=True):
+        of_query, of_key, of_value = gradients(
+            grad[:, :, :, some], query[:, :, :, some], key[:, :, seen], value[:, :, seen], part
+        )
+        found.append(of_query)
+        sums[0][:, :, seen] += of_key
+        sums[1][:, :, seen] += of_value
+    of_key, of_value = (x.to(like.dtype) for x, like in zip(sums, (key, value), strict=True))
+    return torch.cat(found, dim=3), of_key, of_value
+
+
 class Attention(torch.autograd.Function):
     """Keeps the weights for the backward pass once, in the dtype of the queries, those of the parts.
 
     Autograd would keep them in float32 as well, three times the memory: in a packed row, that is
-    most of what a frozen layer holds. In parts, the scores stay in the processor's cache: most of the
-    time of rows of some hundred tokens is not in their products, but in what is done to each score.
+    most of what a frozen layer holds.
     """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parts: Parts):
         """What was looked up, and the weights where there is one part."""
-        weights, out = [], []
-        for some, seen in parts:
-            of_part = None if mask is None else mask[:, :, some, seen]
-            weights.append(weights_of(query[:, :, :, some], key[:, :, seen], of_part))
-            out.append(looked_up(weights[-1], value[:, :, seen]))
+        out, weights = attended(query, key, value, mask, parts)
         ctx.save_for_backward(query, key, value, *weights)
         ctx.parts = parts
         if len(parts) > 1:
-            return torch.cat(out, dim=3), None
+            return out, None
         ctx.mark_non_differentiable(*weights)
-        return out[0], weights[0]
+        return out, weights[0]
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        grad, _ = grads
         query, key, value, *weights = ctx.saved_tensors
-        if len(weights) == 1:
-            return *gradients(grad, query, key, value, weights[0]), None, None
-        # Of keys and values each part has a share: the shares are added in float32.
-        sums = [torch.zeros_like(x, dtype=torch.float32) for x in (key, value)]
-        found = []
-        for (some, seen), part in zip(ctx.parts, weights, strict=True):
-            of_query, of_key, of_value = gradients(
-                grad[:, :, :, some], query[:, :, :, some], key[:, :, seen], value[:, :, seen], part
-            )
-            found.append(of_query)
-            sums[0][:, :, seen] += of_key
-            sums[1][:, :, seen] += of_value
-        of_key, of_value = (x.to(like.dtype) for x, like in zip(sums, (key, value), strict=True))
-        return torch.cat(found, dim=3), of_key, of_value, None, None
+        return *gradients_of(grads[0], query, key, value, weights, ctx.parts), None, None
+
+
+def in_parts(queries: int, keys: int, many: int) -> Parts:
+    """Causal rows: at most so many queries at a time, all parts about as long, with the keys up to the last
+    of them."""
+    size = -(-queries // max(1, -(-queries // many)))
+    some = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    return [(part, slice(0, keys - queries + part.stop)) for part in some]
 
 
 def all_at_once(queries: int, keys: int) -> Parts:

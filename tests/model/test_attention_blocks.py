@@ -6,8 +6,10 @@ import pytest
 import torch
 from einops import rearrange
 
+from flamingo import attention_graph
 from flamingo.attention import attend_plainly, plain_attention
 from flamingo.attention_blocks import blocks_of
+from flamingo.attention_products import attended
 from flamingo.train.parts import compile_parts
 
 LOWEST = torch.finfo(torch.float32).min
@@ -87,8 +89,17 @@ def test_a_mask_that_lets_documents_see_each_other_is_not_cut():
     ],
     ids=["rows", "one row"],
 )
-def test_a_compiled_layer_takes_the_blocks_that_its_mask_brings(masks):
-    """One graph, without a break, for masks of other lengths too."""
+def test_a_compiled_layer_takes_the_blocks_that_its_mask_brings(masks, monkeypatch):
+    """One graph, without a break, for masks of other lengths too, in parts of 4 queries."""
+    compared: list[list[tuple[int, ...]]] = []
+
+    def noted(*given):
+        out, weights = attended(*given)
+        compared.append([tuple(part.shape[-2:]) for part in weights])
+        return out, weights
+
+    monkeypatch.setattr(attention_graph, "LEARNED", 4)
+    monkeypatch.setattr(attention_graph, "attended", noted)
     torch.manual_seed(0)
     torch.compiler.reset()
     layer = torch.compile(plain_attention, dynamic=True, fullgraph=True, backend="aot_eager")
@@ -97,9 +108,11 @@ def test_a_compiled_layer_takes_the_blocks_that_its_mask_brings(masks):
         mask.blocks = blocks_of(mask)  # type: ignore[attr-defined]
         q = torch.randn(len(documents), 4, mask.shape[-1], 8, requires_grad=True)
         k, v = (torch.randn(len(documents), 2, mask.shape[-1], 8, requires_grad=True) for _ in range(2))
-        ours, weights = layer(torch.nn.Identity(), q, k, v, mask)
-        assert weights.shape[-1] == max(map(max, documents))  # of blocks, not of whole rows
+        ours, _ = layer(torch.nn.Identity(), q, k, v, mask)
         assert_same(ours, whole(q, k, v, mask), (q, k, v))
+        longest = max(map(max, documents))  # of blocks, not of whole rows
+        cut = {9: [(3, 3), (3, 6), (3, 9)], 8: [(4, 4), (4, 8)], 7: [(4, 4), (3, 7)]}
+        assert compared[-1] == cut[longest]
 
 
 def test_a_compiled_layer_attends_in_whole_rows_with_and_without_a_mask():
