@@ -15,18 +15,25 @@ from flamingo.data.features import FeatureShards
 from flamingo.data.packing import Rows
 from flamingo.modeling import FlamingoForConditionalGeneration
 
+AT_ONCE = 32  # pictures that are encoded at one time
+# On a CPU oneDNN prepares each convolution for each number of pictures, and what it keeps of that splits
+# what is free: of few at a time there are few numbers (docs/decisions.md).
+AT_ONCE_ON_CPU = 8
+
 
 class FeatureCache:
-    """Per process. `limit_gb` bounds it; 0 keeps nothing. stored: grids that were made before."""
+    """Per process. `limit_gb` bounds it; 0 keeps nothing. stored: grids that were made before; chunk:
+    pictures that are encoded at one time (None: `AT_ONCE`, on a CPU `AT_ONCE_ON_CPU`)."""
 
     def __init__(
         self,
         model: FlamingoForConditionalGeneration,
         limit_gb: float,
-        chunk: int = 32,
+        chunk: int | None = None,
         stored: FeatureShards | None = None,
     ):
-        self.model, self.limit, self.chunk, self.stored = model, limit_gb * 2**30, chunk, stored
+        self.model, self.limit, self.stored = model, limit_gb * 2**30, stored
+        self.chunk = chunk or (AT_ONCE_ON_CPU if model.device.type == "cpu" else AT_ONCE)
         self.kept: dict[str, Tensor] = {}
         self.bytes = 0
         self._blank: Tensor | None = None

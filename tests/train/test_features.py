@@ -59,6 +59,12 @@ def test_many_pictures_are_encoded_in_parts_of_bounded_size(model, make_batch, e
     torch.testing.assert_close(grids, expected)
 
 
+def test_on_a_cpu_pictures_are_encoded_in_few_numbers(model, make_batch, encoded):
+    """Libraries prepare for each, and keep what they made."""
+    FeatureCache(model, 0.0).grids(make_batch([3] * 5, [4] * 5))
+    assert encoded == [8, 8, 4]
+
+
 @pytest.mark.parametrize(("fit", "kept"), [(0, 0), (1, 1), (2, 2), (9, 3)])
 def test_it_keeps_no_more_than_its_bound(model, make_batch, fit, kept):
     cache = FeatureCache(model, fit * BYTES / 2**30)

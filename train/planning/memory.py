@@ -19,7 +19,7 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.runtime import dtype_of
 from flamingo.train.config import Recipe
 from flamingo.train.engine import configuration
-from flamingo.train.features import FeatureCache
+from flamingo.train.features import AT_ONCE, FeatureCache
 from flamingo.train.objective import Objective
 from flamingo.train.planning.batches import images_per_document, micro_batch
 from flamingo.train.planning.shapes import Shapes, to_shapes
@@ -100,7 +100,7 @@ class Tracer:
             if parameter.requires_grad:  # gradients are counted with the states
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         weights = {source.name: source.weight for source in recipe.sources}
-        cache = _Stored(model) if recipe.features else FeatureCache(model, limit_gb=0)
+        cache = _Stored(model) if recipe.features else FeatureCache(model, 0, AT_ONCE)  # as on a GPU
         autocast = dtype_of(recipe.autocast)
         self.objective = Objective(model, weights, cache, autocast, recipe.z_loss)
 
