@@ -72,13 +72,13 @@ def step_flops(
     Frozen layers count twice (there and the gradient of what went in), or once where no gradient
     is needed; trained ones three times; logits of targets only.
 
-    tokens, targets: without padding, an image one token; images: <image> tokens; pairs: sum of the
-    squared lengths of the documents as the LM reads them, an image `model.image_tokens` tokens (0 leaves
-    the LM's attention out); looks: pairs of a token and an image that it
-    sees (None: every token sees one); places: grid places of all images (None: one picture each);
-    pictures: those that the encoder encodes, without cached ones (None: one per image); recomputed:
-    with what activation checkpointing does again. A config is a model with all that is frozen
-    frozen.
+    tokens: that the LM reads, without padding, an image one token; targets: those that are learned;
+    images: <image> tokens; pairs: sum of the squared lengths of the documents as the LM reads them, an
+    image `model.image_tokens` tokens (0 leaves the LM's attention out); looks: pairs of a token and an
+    image that it sees (None: every token sees one); places: grid places of all images (None: one
+    picture each); pictures: those that the encoder encodes, without cached ones (None: one per image);
+    recomputed: with what activation checkpointing does again. A config is a model with all that is
+    frozen frozen.
     """
     costs = _of_config(model.to_json_string()) if isinstance(model, FlamingoConfig) else costs_of(model)
     config: Any = model if isinstance(model, FlamingoConfig) else model.config

@@ -234,14 +234,13 @@ def _closed_up(row: list[_Piece], image_token_id: int) -> list[_Piece]:
     token of the next document. A picture's token stays: it has a picture."""
     out, moved = [], None  # what the next document's first token gets: a label and its source
     for number, piece in enumerate(row):
-        labels, source = piece.labels, piece.source
         if moved is not None:
-            first, rest = (torch.stack(moved), torch.stack((labels, source))[:, 1:])
-            labels, source = torch.cat((first[:, None], rest), dim=1)
+            piece.labels[0], piece.source[0] = moved
         shorter = number + 1 < len(row) and len(piece.ids) > 1 and piece.ids[-1] != image_token_id
-        moved = (labels[-1], source[-1]) if shorter else None
+        moved = (piece.labels[-1], piece.source[-1]) if shorter else None
         read = slice(None, -1 if shorter else None)
-        out.append(replace(piece, ids=piece.ids[read], labels=labels[read], source=source[read]))
+        ids, labels, source = (x[read] for x in (piece.ids, piece.labels, piece.source))
+        out.append(replace(piece, ids=ids, labels=labels, source=source))
     return out
 
 
