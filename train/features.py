@@ -16,14 +16,18 @@ from flamingo.data.packing import Rows
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 AT_ONCE = 32  # pictures that are encoded at one time
-# On a CPU oneDNN prepares each convolution for each number of pictures, and what it keeps of that splits
-# what is free: of few at a time there are few numbers (docs/decisions.md).
-AT_ONCE_ON_CPU = 8
+
+
+def at_once(device: torch.device) -> int:
+    """How many pictures are encoded at one time. On a CPU oneDNN prepares each convolution for each number of
+    pictures, and what it keeps of that splits what is free: of few at a time there are few numbers
+    (docs/decisions.md)."""
+    return 8 if device.type == "cpu" else AT_ONCE
 
 
 class FeatureCache:
     """Per process. `limit_gb` bounds it; 0 keeps nothing. stored: grids that were made before; chunk:
-    pictures that are encoded at one time (None: `AT_ONCE`, on a CPU `AT_ONCE_ON_CPU`)."""
+    pictures that are encoded at one time (None: `at_once`)."""
 
     def __init__(
         self,
@@ -32,8 +36,7 @@ class FeatureCache:
         chunk: int | None = None,
         stored: FeatureShards | None = None,
     ):
-        self.model, self.limit, self.stored = model, limit_gb * 2**30, stored
-        self.chunk = chunk or (AT_ONCE_ON_CPU if model.device.type == "cpu" else AT_ONCE)
+        self.model, self.limit, self.chunk, self.stored = model, limit_gb * 2**30, chunk, stored
         self.kept: dict[str, Tensor] = {}
         self.bytes = 0
         self._blank: Tensor | None = None
@@ -49,7 +52,8 @@ class FeatureCache:
             places = config.grid[0] * config.grid[1]  # type: ignore[union-attr]
             return torch.empty(0, places, config.width, device=self.model.device)  # type: ignore[union-attr]
         pixels = rows.pixel_values
-        made = [self.model.encode_images(part) for part in pixels.split(self.chunk)] if len(pixels) else []
+        chunk = self.chunk or at_once(pixels.device)  # the model is moved after this was made
+        made = [self.model.encode_images(part) for part in pixels.split(chunk)] if len(pixels) else []
         new = torch.cat(made) if made else None
         grids = []
         for key, index in zip(rows.image_keys, rows.pixel_index.tolist(), strict=True):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flamingo.train import features
 from flamingo.train.features import FeatureCache
 
 BYTES = 4 * 256 * 4  # of one grid: 2 x 2 places, 256 channels, float32
@@ -63,6 +64,17 @@ def test_on_a_cpu_pictures_are_encoded_in_few_numbers(model, make_batch, encoded
     """Libraries prepare for each, and keep what they made."""
     FeatureCache(model, 0.0).grids(make_batch([3] * 5, [4] * 5))
     assert encoded == [8, 8, 4]
+
+
+def test_how_many_at_a_time_is_asked_of_the_device_that_the_pictures_are_on(
+    model, make_batch, encoded, monkeypatch
+):
+    """Not when the cache is made: the model is moved to its GPU after that."""
+    cache, asked = FeatureCache(model, 0.0), []
+    assert features.at_once(torch.device("cuda", 0)) == features.AT_ONCE == 32
+    monkeypatch.setattr(features, "at_once", lambda device: asked.append(device) or 4)
+    cache.grids(make_batch([3, 3], [3, 4]))
+    assert asked == [torch.device("cpu")] and encoded == [4, 3]
 
 
 @pytest.mark.parametrize(("fit", "kept"), [(0, 0), (1, 1), (2, 2), (9, 3)])
