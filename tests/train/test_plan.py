@@ -31,6 +31,7 @@ from flamingo.train.plan import Option, _stages, plan, recommend
 from flamingo.train.planning.assembly import assemble, bytes_of, configuration, parameters
 from flamingo.train.planning.batches import micro_batch
 from flamingo.train.planning.memory import Batchwise, States, Tracer, states
+from tests.train.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # The proportions of today's LMs: MLP 3 wide, two queries to a key, a vocabulary that is not small.
@@ -275,7 +276,7 @@ def test_states_are_what_deepspeed_holds_on_two_ranks(folder, tmp_path_factory, 
             "--nproc_per_node",
             "2",
             "--master_port",
-            "29631",
+            str(free_port()),
             str(script),
         ]
         + [str(stage), str(accumulation), offload, str(folder)],
