@@ -41,6 +41,7 @@ class Savings:
     """What a step saves. All off: a plain loop over padded rows, one pass per source."""
 
     own_rows: bool = False  # two rows of added tokens are trained, not the LM's whole table
+    kept_memory: bool = False  # freed memory stays in the process, as with `flamingo train`
     frozen_bfloat16: bool = False
     plain_attention: bool = False  # on a CPU: products instead of torch's fused kernel
     kept_targets: bool = False  # logits of supervised tokens only

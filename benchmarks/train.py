@@ -3,7 +3,8 @@
     python -m benchmarks.train [opponent|savings] [--language NAME_OR_FOLDER] [--vision SOURCE:NAME]
 
 Both sides train the same connecting parts (OpenFlamingo's shapes) on the same frozen LM and encoder,
-with the same captions and interleaved documents. Each side is a process of its own; in every round
+with the same captions and interleaved documents. Each side is a process of its own, which keeps freed
+memory where its training command does (`flamingo train`), with as many threads as cores; in every round
 each takes one step, in turn, and the median over the rounds counts. One line of JSON per side, then
 a table. Times count the step alone: reading and tokenising come before it, on both sides.
 """
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from benchmarks import mixture, opponent, ours
 from benchmarks.workers import Worker
-from flamingo.runtime import arithmetic, quiet_libraries
+from flamingo.runtime import arithmetic, keep_freed_memory, quiet_libraries
 
 WEIGHTS = (0.2, 1.0)  # captions, documents: OpenFlamingo's loss multipliers
 
@@ -67,6 +68,8 @@ def architecture(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_side(options: argparse.Namespace, savings: ours.Savings) -> ours.Ours:
+    if savings.kept_memory:
+        keep_freed_memory()
     autocast = torch.bfloat16 if options.precision == "amp_bf16" else torch.float32
     savings = replace(savings, frozen_bfloat16=savings.frozen_bfloat16 and autocast != torch.float32)
     model, processor = ours.load(options.vision, options.language, savings, architecture(options))
@@ -79,6 +82,8 @@ def their_side(options: argparse.Namespace, tuned: bool) -> opponent.Opponent:
     from flamingo import vision
     from flamingo.data.transforms import ImageTransform
 
+    if tuned:
+        keep_freed_memory()
     name, _, path = options.vision.partition(":")
     source = vision.source(name)
     config = source.describe(path)
@@ -107,7 +112,7 @@ def sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     if options.part == "opponent":
         return {
             "openflamingo": partial(their_side, options, False),
-            "openflamingo, our frozen parts": partial(their_side, options, True),
+            "openflamingo, our memory and frozen parts": partial(their_side, options, True),
             "ours": partial(our_side, options, standard),
             "ours, compiled": partial(our_side, options, replace(standard, compiled=True)),
         }

@@ -54,10 +54,10 @@ def _status(name: str) -> float:
 
 def _serve(pipe: Any, load: Callable[[], Any], steps: list[Any]) -> None:
     """load() -> an object with prepare(step) and train(batch)."""
-    from flamingo.runtime import quiet_libraries, tune_cpu
+    from flamingo.runtime import quiet_libraries, share_cores
 
     quiet_libraries()
-    tune_cpu()
+    share_cores()  # of all sides alike; whether freed memory is kept, each side says
     torch.manual_seed(0)
     try:
         side = load()

@@ -27,16 +27,23 @@ def default_processes() -> int:
 
 
 def tune_cpu(processes: int = 1) -> None:
-    """Share the cores among `processes` on this machine, and keep freed memory.
+    """Share the cores among `processes` on this machine, and keep freed memory."""
+    name_accelerator()
+    share_cores(processes)
+    keep_freed_memory()
 
-    glibc gives large blocks back to the system when freed and maps fresh, zeroed pages for the
-    next: in virtual machines that is half of a convolutional encoder's time.
-    """
+
+def share_cores(processes: int = 1) -> None:
+    """Threads of torch: this process's share of the cores, unless OMP_NUM_THREADS says otherwise."""
     import torch
 
-    name_accelerator()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // processes))
+
+
+def keep_freed_memory() -> None:
+    """glibc gives large blocks back to the system when freed and maps fresh, zeroed pages for the next: in
+    virtual machines that is half of a convolutional encoder's time."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt

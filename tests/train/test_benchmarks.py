@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -118,6 +120,18 @@ def test_both_sides_train_on_the_same_tokens_and_say_the_same_losses(step, their
     assert mine["tokens"] < other["tokens"]  # padding
     assert mine["images"] == sum(len(s.pictures) for s in (*step.captions, *step.documents))
     assert other["images"] == len(step.captions) + 6 * len(step.documents)
+
+
+@pytest.mark.parametrize(
+    "part, without", [("opponent", ["openflamingo"]), ("savings", ["plain loop", "+ own_rows"])]
+)
+def test_a_side_keeps_freed_memory_only_where_that_is_of_its_own(options, monkeypatch, part, without):
+    kept: list[str] = []
+    named = argparse.Namespace(**{**vars(options), "part": part})
+    for name, load in train.sides(named).items():
+        monkeypatch.setattr(train, "keep_freed_memory", partial(kept.append, name))
+        load()
+    assert kept == [name for name in train.sides(named) if name not in without]
 
 
 @pytest.fixture(scope="module")
