@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,15 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.ranks import free_port
+
 KEPT = ("step", "loss", "lr", "grad_norm", "samples", "tokens")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(command: Sequence[str], env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -75,7 +70,7 @@ def test_two_nodes_of_deepspeed_start_it_each_by_hand(job, tmp_path, trained):
         "--master_addr",
         "127.0.0.1",
         "--master_port",
-        free_port(),
+        str(free_port()),
     ]
     nodes = [[*DEEPSPEED, *common, "--node_rank", str(n), "--module", *job] for n in range(2)]
     finish(*map(start, nodes))
@@ -105,7 +100,7 @@ def slurm():
 
 def test_ranks_that_contradict_each_other_are_one_message(job):
     env = {**os.environ, "RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     process = start([sys.executable, "-m", *job], env)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 1

@@ -6,7 +6,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -15,14 +14,9 @@ import torch
 import torch.distributed as dist
 
 from flamingo.train.watchdog import STATUS, Watchdog, described, short, split
+from tests.train.ranks import free_port
 
 FORK = multiprocessing.get_context("fork")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def hang_in_reading() -> None:
