@@ -52,7 +52,8 @@ class FeatureCache:
             places = config.grid[0] * config.grid[1]  # type: ignore[union-attr]
             return torch.empty(0, places, config.width, device=self.model.device)  # type: ignore[union-attr]
         pixels = rows.pixel_values
-        chunk = self.chunk or at_once(pixels.device)  # the model is moved after this was made
+        # The model is moved after this was made. One that learns may have statistics of what it sees at once.
+        chunk = self.chunk or (AT_ONCE if self._learns() else at_once(pixels.device))
         made = [self.model.encode_images(part) for part in pixels.split(chunk)] if len(pixels) else []
         new = torch.cat(made) if made else None
         grids = []
@@ -66,12 +67,21 @@ class FeatureCache:
         return torch.stack(grids)
 
     def blank(self, count: int) -> Tensor:
-        """float[count, G, E]: grids of a blank picture, which is encoded once."""
-        if self._blank is None:
+        """float[count, G, E]: grids of a blank picture, without gradients. It is encoded once; while the
+        encoder learns, whenever it is asked for, and teaches it nothing."""
+        if self._blank is None or self._learns():
             size = self.model.config.vision_config.image_size  # type: ignore[union-attr]
             pixels = torch.zeros(1, 3, size, size, device=self.model.device)
-            self._blank = self.model.encode_images(pixels)
+            encoder = self.model.vision_encoder
+            learning = encoder.training
+            with torch.no_grad():
+                encoder.eval()
+                self._blank = self.model.encode_images(pixels)
+                encoder.train(learning)
         return self._blank.expand(count, -1, -1)
+
+    def _learns(self) -> bool:
+        return any(weight.requires_grad for weight in self.model.vision_encoder.parameters())
 
     def _held(self, key: str) -> Tensor:
         grid = self.kept.get(key)

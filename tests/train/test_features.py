@@ -109,3 +109,25 @@ def test_the_blank_picture_is_encoded_once_for_any_number(model, encoded):
     assert shapes == [(3, 4, 256), (1, 4, 256), (0, 4, 256)] and encoded == [1]
     blank = model.encode_images(torch.zeros(1, 3, 64, 64))
     torch.testing.assert_close(cache.blank(2), blank.expand(2, -1, -1))
+
+
+def test_a_blank_picture_is_encoded_anew_while_the_encoder_learns_and_teaches_it_nothing(model, encoded):
+    cache = FeatureCache(model, 0.0)
+    before = cache.blank(1).clone()
+    model.unfreeze("vision_encoder")
+    model.train()
+    state = {name: value.clone() for name, value in model.vision_encoder.state_dict().items()}
+    assert not cache.blank(1).requires_grad
+    assert model.vision_encoder.training
+    for name, value in model.vision_encoder.state_dict().items():  # statistics of batch norms too
+        assert torch.equal(value, state[name]), name
+    with torch.no_grad():
+        for parameter in model.vision_encoder.parameters():
+            parameter.add_(0.1)
+    assert encoded == [1, 1] and not torch.equal(cache.blank(1), before)
+
+
+def test_an_encoder_that_learns_sees_as_many_pictures_at_one_time_on_every_device(model, make_batch, encoded):
+    model.unfreeze("vision_encoder")
+    FeatureCache(model, 0.0).grids(make_batch([3] * 5, [4] * 5))
+    assert encoded == [20]

@@ -242,3 +242,16 @@ def test_under_autocast_weights_and_gradients_stay_float32(model, make_batch):
     loss.backward()
     assert loss.dtype == torch.float32
     assert {value.dtype for value in gradients(objective).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("pack", [0, 32])
+def test_an_encoder_that_learns_takes_steps_without_pictures(model, make_batch, pack):
+    model.unfreeze("vision_encoder")
+    objective = Objective(model, WEIGHTS, FeatureCache(model, 0.0), torch.float32)
+    for images in ([0, 0], [0, 0], [1, 0]):
+        batch = make_batch([6, 4], images)
+        loss, _ = objective(passes({"captions": batch}, pack), counts_of("captions", batch.n_targets))
+        loss.backward()
+        learned = [p.grad.abs().sum() for p in model.vision_encoder.parameters()]  # type: ignore[union-attr]
+        assert (sum(learned) > 0) == any(images)
+        objective.zero_grad()
