@@ -230,6 +230,11 @@ class Recipe(RunConfig):
         return self.settled(before.autocast, before.model.frozen_dtype)
 
     def _check_without_effect(self) -> None:
+        if first := min(source.start for source in self.sources):
+            raise ValueError(
+                f"sources: none begins before step {first}, so the steps before would train on nothing: set "
+                "start of one source to 0"
+            )
         trained = {part.part for part in self.unfreeze} | ({"lora"} if self.lora else set())
         for group in self.optimizer.lr_factors:
             if group in ("lora", "language_model", "vision_encoder") and group not in trained:

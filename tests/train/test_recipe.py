@@ -94,6 +94,10 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(recipe_file, override, 
         ("sources.weight=1", "sources.*list.*sources.NAME.weight"),
         ("sources.captions.name=turns", "names must differ"),
         ("sources=[]", "sources.*at least 1"),
+        (
+            "sources=[{name: late, kind: pairs, shards: a.tar, batch: 4, max_tokens: 9, start: 2}]",
+            "none begins before step 2.*start",
+        ),
         ("model.vision.x=1", "vision holds one value"),
         ("optimizer.betas=[0.9", "optimizer.betas"),  # not YAML
         ("run=@home", "run"),
