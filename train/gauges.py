@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.data.packing import Rows
+from flamingo.runtime import recurring
 
 COUNTS = ("samples", "tokens", "images")
 
@@ -94,8 +95,10 @@ def _held(rows: Rows, image_token_id: int, image_tokens: int) -> Held:
     number = document + width * rearrange(torch.arange(count, device=document.device), "b -> b 1")
     more = (rows.input_ids == image_token_id).long() * (image_tokens - 1)
     lengths = torch.bincount(number[inside], weights=(1 + more)[inside].double())
-    # Rows that grow with their images end where the longest does.
-    longest = width if image_tokens == 1 else int(((1 + more) * inside).sum(dim=1).max())
+    longest = width
+    if image_tokens > 1:  # rows that grow with their images end where the longest does (`flamingo.expansion`)
+        longest = int(((1 + more) * inside).sum(dim=1).max())
+        longest = longest if rows.segment_ids is None else recurring(longest)
     return Held(int(inside.sum()), int(lengths.sum()), int(lengths.square().sum()), count * longest)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from flamingo import expansion
 from flamingo.data.packing import packed, padded
 from flamingo.train import gauges
 from tests.train.tiny import tiny_model
@@ -89,7 +90,12 @@ def test_padding_is_what_no_token_fills(make_batch):
     assert sum(found, gauges.Held()) == gauges.Held(32, 32, 73 + 58 + 73, 42)
 
 
-def test_padding_of_rows_that_grow_with_their_images_is_counted_as_the_lm_reads_them(make_batch):
+@pytest.mark.parametrize("filled_up", [False, True])
+def test_padding_of_rows_that_grow_with_their_images_is_counted_as_the_lm_reads_them(
+    make_batch, monkeypatch, filled_up
+):
+    for module in (expansion, gauges):  # where products are prepared, to a size that comes again
+        monkeypatch.setattr(module, "recurring", lambda size: -(-size // 16) * 16 if filled_up else size)
     batches = [make_batch([6, 2], images=[1, 0])]
     model = tiny_model(connector="mlp", fusion="prefix")
     token, each = model.config.image_token_id, model.image_tokens  # 4 places: 4 tokens
@@ -109,7 +115,8 @@ def test_padding_of_rows_that_grow_with_their_images_is_counted_as_the_lm_reads_
         record = {"tokens": 11, **vars(held)}
         share = gauges.derived(record)["padding_share"]
         assert share == pytest.approx(1 - held.read_tokens / held.row_places, abs=1e-4)
-    assert held.row_places == held.read_tokens == 10 + (each - 1) and share == 0.0
+    assert held.read_tokens == 10 + (each - 1)
+    assert held.row_places == (16 if filled_up else held.read_tokens) and (share == 0.0) != filled_up
 
 
 def test_rates_and_shares_of_a_step():
