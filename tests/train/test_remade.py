@@ -82,3 +82,33 @@ def test_a_training_step_learns_the_same_from_less(model, make_batch, monkeypatc
     assert calls and remade.keys() == kept.keys()
     for name, grad in kept.items():
         assert torch.equal(remade[name], grad), name
+
+
+@pytest.mark.parametrize("what", ["product", "down"])
+@pytest.mark.parametrize("how", [nullcontext, remade_activations])
+def test_what_was_written_into_since_is_not_taken_for_what_was_saved(what, how):
+    """Neither what an activation is made again from, nor what is kept as it is."""
+    gate, _, down = layers(True)
+    given = torch.ones(2, 8, requires_grad=True)
+    with how():
+        product = given @ gate
+        loss = (F.silu(product) @ down).sum()
+    with torch.no_grad():
+        {"product": product, "down": down}[what].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_output_that_was_written_into_before_it_was_saved_is_kept():
+    _, _, down = (weight.requires_grad_() for weight in layers(True))
+
+    def learned(how) -> torch.Tensor:
+        given = torch.linspace(-1, 1, 128).reshape(2, 64).requires_grad_()
+        with how:
+            output = F.silu(given)
+            with torch.no_grad():
+                output[0] = 0.0
+            loss = (output @ down).sum()
+        return torch.autograd.grad(loss, down)[0]
+
+    assert torch.equal(learned(nullcontext()), learned(remade_activations()))
