@@ -73,8 +73,8 @@ def gradients_of(
     """`gradients` of what `attended` gave."""
     if len(parts) == 1:
         return gradients(grad, query, key, value, weights[0])
-    # Of keys and values each part has a share: the shares are added in float32.
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (key, value)]
+    # Of keys and values each part has a share: the shares are added in float32 or more.
+    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (key, value)]
     found = []
     for (some, seen), part in zip(parts, weights, strict=True):
         of_query, of_key, of_value = gradients(

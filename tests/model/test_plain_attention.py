@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flamingo.attention import NAME, attend_plainly, plain_attention
-from flamingo.attention_products import attend
+from flamingo.attention_products import Attention, all_at_once, attend, in_parts
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing changes on an accelerator")
@@ -132,3 +132,17 @@ def test_attention_to_images_has_the_figures_and_gradients_of_torchs(masked, dty
     grads = [torch.autograd.grad((x.float() * wanted).sum(), (q, k, v)) for x in (ours, theirs)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, **close)
+
+
+def test_the_shares_of_parts_are_added_up_in_the_precision_that_they_have():
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, 3, 9, 4, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.full((1, 1, 9, 9), -1e9, dtype=torch.float64).triu(1)
+    grads = []
+    for parts in (in_parts(9, 9, 2), all_at_once(9, 9)):
+        out, _ = Attention.apply(query, key, value, mask, parts)  # type: ignore[misc]
+        grads.append(torch.autograd.grad(out.square().sum(), [query, key, value]))
+    assert len(in_parts(9, 9, 2)) == 5
+    for found, other in zip(*grads, strict=True):
+        torch.testing.assert_close(found, other, rtol=0, atol=1e-13)
