@@ -30,8 +30,11 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -57,7 +60,7 @@ class AdamWConfig(Section):
     """AdamW with warm-up, and the course of its learning rate."""
 
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     warmup_steps: int = Field(100, ge=0)
@@ -112,7 +115,7 @@ class RunConfig(Section):
     run: Annotated[Path, BeforeValidator(_number_as_text)] = Field(
         description="folder of the run: metrics, checkpoints, exported model"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(ge=1)
     workers: int = Field(0, ge=0, description="processes per rank that read and decode ahead")
     max_bad_samples: int = Field(

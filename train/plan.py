@@ -6,6 +6,7 @@ no weight is read, nothing large is allocated. docs/recipes.md says how far to t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -225,9 +226,9 @@ def _advice(recipe: Recipe, options: Sequence[Option], gpus: int) -> list[str]:
 def _check(gpus: int, gpu_memory: float, utilisation: float, peak: float | None) -> None:
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
-    if gpu_memory <= 0:
+    if not 0 < gpu_memory < math.inf:
         raise ValueError(f"--gpu-memory {gpu_memory:g}: must be above 0, in GiB, e.g. 80")
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation {utilisation:g}: a share of the peak, above 0 and at most 1")
-    if peak is not None and peak <= 0:
+    if peak is not None and not 0 < peak < math.inf:
         raise ValueError(f"--peak {peak:g}: must be above 0, in TFLOP/s, e.g. 312")

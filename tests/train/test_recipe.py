@@ -100,6 +100,13 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(recipe_file, override, 
         ),
         ("model.vision.x=1", "vision holds one value"),
         ("optimizer.betas=[0.9", "optimizer.betas"),  # not YAML
+        ("optimizer.betas=[2, 3]", "optimizer.betas.*less than 1"),
+        ("optimizer.betas=[.nan, 0.9]", "optimizer.betas.*finite"),
+        ("optimizer.lr=.inf", "optimizer.lr.*finite"),
+        ("z_loss=.inf", "z_loss.*finite"),
+        ("optimizer.lr_factors={gates: .inf}", "optimizer.lr_factors.*finite"),
+        ("seed=99999999999999999999999", "seed.*less than"),
+        ("seed=-1", "seed.*greater than or equal to 0"),
         ("run=@home", "run"),
         ("run=", "run"),  # no folder named None
         ("sources.turns.kind=interleave", "interleaved"),
