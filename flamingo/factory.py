@@ -50,7 +50,7 @@ def create(
     source = vision_sources.source(source_name)
     if not name:
         raise ValueError(f"vision={vision!r}: write source:name, e.g. timm:tf_efficientnet_lite0")
-    tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
+    tokenizer = _tokenizer(language)
     with loading or nullcontext():
         language_model = AutoModelForCausalLM.from_pretrained(
             language, dtype=frozen_dtype, trust_remote_code=False
@@ -146,6 +146,16 @@ def _whole_while_used(model: nn.Module, gathered: Gathered) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tokenizer(language: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(language, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"language={language!r}: no tokenizer in a folder of this name, in the local cache or on the "
+            f"hub: {error}"
+        ) from error
 
 
 def _check_fields(architecture: dict) -> None:

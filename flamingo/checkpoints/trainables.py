@@ -31,8 +31,13 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_trainables(model: FlamingoForConditionalGeneration, path: str | Path) -> int:
-    """Write the trained part of `model` to `path`, complete or not at all; its size in bytes."""
+    """Write the trained part of `model` to `path`, complete or not at all; its size in bytes.
+
+    Raises ValueError where a folder has that name.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file in it, e.g. {path / 'trained.safetensors'}")
     part = path.with_name(path.name + ".part")
     state = {name: tensor.cpu().contiguous() for name, tensor in trained_state(model).items()}
     config = model.config.to_json_string(use_diff=False)

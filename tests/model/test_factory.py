@@ -170,8 +170,10 @@ def test_a_vision_encoder_that_is_not_there_is_named(language, vision, message):
 
 
 def test_a_language_model_that_is_not_there_is_named(encoder, tmp_path):
-    with pytest.raises((ValueError, OSError), match="no_such_lm"):
+    with pytest.raises(ValueError, match="language='.*no_such_lm': no tokenizer in a folder of this name"):
         create(vision=encoder, language=str(tmp_path / "no_such_lm"))
+    with pytest.raises(ValueError, match="language='data/models/no_such_lm': no tokenizer in a folder"):
+        create(vision=encoder, language="data/models/no_such_lm")  # transformers speaks of a repo id
 
 
 def test_a_tokenizer_that_has_the_added_tokens_already_is_refused(language, encoder, tokenizer):

@@ -55,3 +55,12 @@ def test_files_of_others_are_refused(build, tmp_path):
         load_trainables(build(), tmp_path / "text.safetensors")
     with pytest.raises(ValueError, match="no safetensors file"):
         load_trainables(build(), tmp_path / "absent.safetensors")
+
+
+def test_a_folder_is_not_written_over_by_a_file(build, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(
+        ValueError, match=r"mine: is a folder; name a file in it, e\.g\. .*trained\.safetensors"
+    ):
+        save_trainables(build(), tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
