@@ -35,6 +35,12 @@ class Expanded:
         return self.attention_mask, (self.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
 
 
+def row_length(longest: int, segment_ids: Tensor | None) -> int:
+    """Of expanded rows, the longest of which holds so many tokens: packed ones are filled up to a length
+    that comes again in other steps (`runtime.recurring`)."""
+    return longest if segment_ids is None else recurring(longest)
+
+
 def expand(
     input_ids: Tensor,
     image_token_id: int,
@@ -56,9 +62,7 @@ def expand(
     ends = counts.cumsum(dim=1)  # [B, T]
     held = _held_on_the_left(attention_mask, segment_ids)
     lengths = ends[:, -1:] if held is None else (ends * (held | is_image)).amax(dim=1, keepdim=True)
-    longest = int(lengths.max())
-    if segment_ids is not None:
-        longest = recurring(longest)
+    longest = row_length(int(lengths.max()), segment_ids)
     shift = longest - lengths if held is None else torch.zeros_like(lengths)
     place = torch.arange(longest, device=input_ids.device) - shift  # [B, X]
     valid = (place >= 0) & (place < lengths)

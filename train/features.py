@@ -81,7 +81,7 @@ class FeatureCache:
         return self._blank.expand(count, -1, -1)
 
     def _learns(self) -> bool:
-        return any(weight.requires_grad for weight in self.model.vision_encoder.parameters())
+        return "vision_encoder" in self.model.trained_modules()
 
     def _held(self, key: str) -> Tensor:
         grid = self.kept.get(key)

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.data.packing import Rows
-from flamingo.runtime import recurring
+from flamingo.expansion import row_length
 
 COUNTS = ("samples", "tokens", "images")
 
@@ -97,8 +97,7 @@ def _held(rows: Rows, image_token_id: int, image_tokens: int) -> Held:
     lengths = torch.bincount(number[inside], weights=(1 + more)[inside].double())
     longest = width
     if image_tokens > 1:  # rows that grow with their images end where the longest does (`flamingo.expansion`)
-        longest = int(((1 + more) * inside).sum(dim=1).max())
-        longest = longest if rows.segment_ids is None else recurring(longest)
+        longest = row_length(int(((1 + more) * inside).sum(dim=1).max()), rows.segment_ids)
     return Held(int(inside.sum()), int(lengths.sum()), int(lengths.square().sum()), count * longest)
 
 

@@ -94,8 +94,8 @@ def test_padding_is_what_no_token_fills(make_batch):
 def test_padding_of_rows_that_grow_with_their_images_is_counted_as_the_lm_reads_them(
     make_batch, monkeypatch, filled_up
 ):
-    for module in (expansion, gauges):  # where products are prepared, to a size that comes again
-        monkeypatch.setattr(module, "recurring", lambda size: -(-size // 16) * 16 if filled_up else size)
+    # Where products are prepared, to a size that comes again.
+    monkeypatch.setattr(expansion, "recurring", lambda size: -(-size // 16) * 16 if filled_up else size)
     batches = [make_batch([6, 2], images=[1, 0])]
     model = tiny_model(connector="mlp", fusion="prefix")
     token, each = model.config.image_token_id, model.image_tokens  # 4 places: 4 tokens
