@@ -154,7 +154,7 @@ def _tokenizer(language: str) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"language={language!r}: no tokenizer in a folder of this name, in the local cache or on the "
-            f"hub: {error}"
+            f"hub can be loaded: {error}"
         ) from error
 
 

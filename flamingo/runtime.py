@@ -42,8 +42,8 @@ def share_cores(processes: int = 1) -> None:
 
 
 def keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system when freed and maps fresh, zeroed pages for the next: in
-    virtual machines that is half of a convolutional encoder's time."""
+    """In this process, for what is allocated next: glibc gives large blocks back to the system when freed
+    and maps fresh, zeroed pages, which in virtual machines is half of a convolutional encoder's time."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
