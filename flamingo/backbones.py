@@ -8,13 +8,12 @@ code is never imported, so what they depend on need not be there.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from flamingo.runtime import name_accelerator
+from flamingo.written import replacing
 
 LANGUAGE, VISION = "smollm2-135m-instruct", "efficientnet-lite0"
 ARCHITECTURE = "tf_efficientnet_lite0"
@@ -31,12 +30,9 @@ def prepare(out: Path, say: Callable[[str], None] = lambda _: None) -> None:
         if target.is_dir():
             say(f"{target} is there already")
             continue
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".") as scratch:
-            say(f"converting {name} (half a minute, once)")
-            convert(Path(scratch))
-            shutil.copytree(scratch, target.with_suffix(".part"), dirs_exist_ok=True)
-        target.with_suffix(".part").rename(target)
+        say(f"converting {name} (half a minute, once)")
+        with replacing(target) as part:
+            convert(part)
 
 
 def _file_of(package: str, suffix: str) -> Path:

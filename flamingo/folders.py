@@ -17,6 +17,7 @@ from flamingo.factory import create
 from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.runtime import arithmetic, dtype_of
+from flamingo.written import replacing
 
 
 def check_model(folder: Path) -> None:
@@ -90,7 +91,8 @@ def assemble(out: Path, vision: str, language: str, fields: list[str], dtype: st
     architecture = {key: yaml.safe_load(value) for key, value in pairs}
     stored = dtype_of(dtype)
     model, processor = create(vision=vision, language=language, frozen_dtype=stored, **architecture)
-    model.to(stored).save_pretrained(out)  # type: ignore[arg-type]
-    processor.save_pretrained(out)
+    with replacing(out) as part:
+        model.to(stored).save_pretrained(part)  # type: ignore[arg-type]
+        processor.save_pretrained(part)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{out}: {trained / 1e6:.1f} M parameters to train, blocks at {positions(model.config)}"

@@ -21,7 +21,7 @@ OWN_LIMITS = {"flamingo.train.loop.train_step": 50}  # a step of training is rea
 
 # A module may import those before its own line, in `flamingo.`; `vision` stands for its files.
 LAYERS = [
-    {"config", "layers", "nll", "runtime", "chat", "attention_products"},
+    {"config", "layers", "nll", "runtime", "chat", "attention_products", "written"},
     {"media", "attention_blocks", "expansion"},
     {"attention_graph"},
     {"vision", "resampler", "cross_attention", "attention"},
@@ -36,7 +36,12 @@ LAYERS = [
 BELOW = {name: set().union(*LAYERS[:level]) for level, names in enumerate(LAYERS) for name in names}
 BELOW["vision"] = {"config"}
 FOLDERS = ("vision", "connectors", "fusions", "checkpoints")  # whose files may import each other
-FROM_DATA = {"processing": {"flamingo.data.transforms"}}  # what the model may use of the data room
+# What the model may use of the data room.
+FROM_DATA = {
+    "processing": {"flamingo.data.transforms"},
+    "written": {"flamingo.data.writing"},
+    "checkpoints": {"flamingo.data.writing"},
+}
 
 # Who may import a heavy or optional library; others get at it through them.
 OWNERS = {

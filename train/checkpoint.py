@@ -29,6 +29,7 @@ from flamingo.train import engine as engines
 from flamingo.train.engine import gather_objects, gathered
 from flamingo.train.moments import Moments
 from flamingo.train.precision import LossScale
+from flamingo.written import share
 
 MANIFEST, FORMAT = "manifest.json", "flamingo training 1"
 CHUNK = 2 << 30  # bytes of a file, about
@@ -182,6 +183,7 @@ def _write(part: Path, files: Parts) -> None:
     for number, tensors in enumerate(files):
         path = part / f"rank-{rank:05d}-{number:03d}.safetensors"
         save_file(tensors, path)
+        share(path)
         _sync(path)
         cards[path.name] = fingerprint(path)
     card = part / f"rank-{rank:05d}.json"

@@ -18,7 +18,7 @@ from flamingo.train import checkpoint
 from flamingo.train.checkpoint import WEIGHT, Saved
 from flamingo.train.config import RECIPE, Recipe
 from flamingo.train.parts import add_adapters, architecture, merge_adapters, unfreeze
-from flamingo.train.written import check_place, compare, replacing
+from flamingo.written import check_place, compare, replacing
 
 
 def assemble(

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flamingo.data.steps import StepBatches
 from flamingo.train.metrics import writing
 from flamingo.train.precision import LossScale
+from flamingo.written import share
 
 KEPT = 3  # steps of a run whose batches are written
 
@@ -65,8 +67,6 @@ class NonFinite:
 
     def _keep(self, step: int, names: list[str], batches: StepBatches) -> None:
         """The keys and the tensors of this rank's micro-batches."""
-        from safetensors.torch import save_file
-
         self.folder.mkdir(parents=True, exist_ok=True)
         keys, tensors = {}, {}
         for name in names:
@@ -77,4 +77,6 @@ class NonFinite:
                         tensors[f"{name}/{number}/{field}"] = value.to("cpu").contiguous()
         place = self.folder / f"step-{step:06d}-rank-{self.rank:05d}"
         place.with_suffix(".json").write_text(json.dumps({"step": step, "keys": keys}, indent=1) + "\n")
-        save_file({name: torch.atleast_1d(value) for name, value in tensors.items()}, f"{place}.safetensors")
+        file = place.with_suffix(".safetensors")
+        save_file({name: torch.atleast_1d(value) for name, value in tensors.items()}, file)
+        share(file)

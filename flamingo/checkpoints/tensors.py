@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
+from flamingo.written import replacing
 
 Tensors = dict[str, Tensor]
 SHOWN = 4  # names in an error
@@ -112,13 +112,9 @@ def begins(tokenizer: Any) -> bool:
 
 def save(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, out: Path) -> None:
     """A folder for `from_pretrained`; complete or absent."""
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
-    if out.exists():
-        out.rmdir()  # empty: see check_free
-    part.rename(out)
+    with replacing(out) as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
 
 
 def _some(names: Iterable[str]) -> str:

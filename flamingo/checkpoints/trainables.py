@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flamingo.config import FlamingoConfig
+from flamingo.data.writing import write_aside
 from flamingo.factory import create
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
@@ -38,12 +39,11 @@ def save_trainables(model: FlamingoForConditionalGeneration, path: str | Path) -
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file in it, e.g. {path / 'trained.safetensors'}")
-    part = path.with_name(path.name + ".part")
     state = {name: tensor.cpu().contiguous() for name, tensor in trained_state(model).items()}
     config = model.config.to_json_string(use_diff=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, part, metadata={"format": FORMAT, "config": json.dumps(json.loads(config))})
-    part.replace(path)
+    told = {"format": FORMAT, "config": json.dumps(json.loads(config))}
+    write_aside(path, lambda part: save_file(state, part, metadata=told))
     return path.stat().st_size
 
 

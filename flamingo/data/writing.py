@@ -126,11 +126,13 @@ def write_aside(path: Path, fill: Callable[[Path], V]) -> V:
         _remove_unless_locked(left)
     try:
         with open(temporary, "wb") as mark:
+            rights = os.fstat(mark.fileno()).st_mode & 0o777
             with suppress(OSError):  # a file system without locks; then nothing is cleared away either
                 fcntl.flock(mark, fcntl.LOCK_EX)  # tells the living from what a killed process left
             told = fill(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(rights)  # safetensors keeps all but its owner out
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

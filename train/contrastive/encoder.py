@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from flamingo.data.transforms import ImageTransform
 from flamingo.train.contrastive.config import OWN, EncoderConfig
-from flamingo.train.written import compare, replacing
 from flamingo.vision import open_clip as vision
+from flamingo.written import compare, replacing
 
 WEIGHTS = "open_clip_model.safetensors"
 # Whose tokenizer a new model has, and whose settings it replaces by its own.

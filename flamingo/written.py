@@ -1,9 +1,10 @@
-"""A folder of weights, complete or absent, that reads as it was written."""
+"""Weights on disk: complete or absent, as readable as other files, and as they were written."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,16 @@ from torch import Tensor
 from flamingo.data.writing import fsync_folder
 
 MARKS = ("config.json", "open_clip_config.json")  # one of them lies in every folder of a model
+
+
+def share(path: Path) -> None:
+    """Give a file the rights of any new file in its folder: safetensors keeps all but its owner out."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    new.touch()
+    try:
+        shutil.copymode(new, path)
+    finally:
+        new.unlink()
 
 
 def check_place(out: Path) -> None:
@@ -41,8 +52,10 @@ def replacing(out: Path) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
-    for path in part.rglob("*"):
+    for path in list(part.rglob("*")):
         if path.is_file():
+            if path.suffix == ".safetensors":
+                share(path)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     if out.exists():
