@@ -17,6 +17,7 @@ from flamingo.eval.run import Part
 from flamingo.eval.task import Task
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
+from flamingo.runtime import at_rest
 
 FOLDER = "evaluations"
 
@@ -57,12 +58,8 @@ class Hook:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
         self._wait(world)
-        training = model.training
-        model.eval()
-        try:
+        with at_rest(model):
             self._answer(model, processor, out, rank, world)
-        finally:
-            model.train(training)
         self._wait(world)
         summary = summarise(self.task, self.config, out, 0.0)
         self._wait(world)

@@ -23,6 +23,7 @@ from flamingo.eval.states import Row, Shared, State, columns_are_free, keeps_key
 from flamingo.folders import load_model
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import IMAGE, FlamingoProcessor
+from flamingo.runtime import at_rest
 
 WINDOW = 4096  # prompts that are sorted at a time
 PADDING = 1 / 8  # of a batch, at most
@@ -271,13 +272,6 @@ class Predictor:
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        """Without gradients, and in eval mode also where the model is being trained."""
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            if training:
-                self.model.train()
+        """Without gradients, and in eval mode."""
+        with torch.inference_mode(), at_rest(self.model):
+            yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -161,5 +162,10 @@ def _tokenizer(language: str) -> Any:
 def _check_fields(architecture: dict) -> None:
     known = set(FlamingoConfig.__annotations__) - {"text_config", "vision_config"}
     unknown = sorted(set(architecture) - known)
-    if unknown:
-        raise ValueError(f"FlamingoConfig has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    if not unknown:
+        return
+    first = unknown[0]
+    longer = sorted(name for name in known if first in name)
+    near = longer or difflib.get_close_matches(first, known, n=1, cutoff=0.8)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known))}"
+    raise ValueError(f"FlamingoConfig has no {first}; {hint}")

@@ -26,6 +26,19 @@ def default_processes() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else min(2, cores())
 
 
+@contextlib.contextmanager
+def at_rest(module: torch.nn.Module) -> Iterator[None]:
+    """Within this `with` a module is in eval mode, also one that is being trained."""
+    training = module.training
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if training:
+            module.train()
+
+
 def tune_cpu(processes: int = 1) -> None:
     """Share the cores among `processes` on this machine, and keep freed memory."""
     name_accelerator()

@@ -312,7 +312,11 @@ def read(path: str | Path, overrides: list[str] | None, kind: type[R]) -> R:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"recipe {path} is not there" + (f"; its folder has {near}" if near else ""))
-    fields = _read_yaml(path.read_text(), f"recipe {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} is not text in UTF-8 ({error.reason}): name a YAML file") from None
+    fields = _read_yaml(text, f"recipe {path}")
     if not isinstance(fields, dict):
         raise ValueError(f"recipe {path}: expected keys and values, found {type(fields).__name__}")
     for override in overrides or []:

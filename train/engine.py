@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from flamingo.train import group
@@ -158,7 +159,11 @@ def check_section(recipe: Recipe, world: int) -> None:
     read = _Asked(configuration(recipe, world))
     try:
         DeepSpeedConfig(read)
-    except Exception as error:  # of its own, of pydantic, or of whatever it did with the value
+    except ValidationError as error:
+        wrong = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
+        told = "; ".join(f"{key}: {why} (got {value!r})" for key, why, value in wrong)
+        raise ValueError(f"deepspeed: DeepSpeed cannot use {recipe.deepspeed}: {told}") from error
+    except Exception as error:  # of its own, or of whatever it did with the value
         raise ValueError(f"deepspeed: DeepSpeed cannot use {recipe.deepspeed}: {error}") from error
     for key in recipe.deepspeed:
         if key not in read.keys_asked:

@@ -14,6 +14,7 @@ from flamingo.data.augment import AUGMENTED
 from flamingo.data.features import FeatureShards
 from flamingo.data.packing import Rows
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.runtime import at_rest
 
 AT_ONCE = 32  # pictures that are encoded at one time
 
@@ -72,12 +73,8 @@ class FeatureCache:
         if self._blank is None or self._learns():
             size = self.model.config.vision_config.image_size  # type: ignore[union-attr]
             pixels = torch.zeros(1, 3, size, size, device=self.model.device)
-            encoder = self.model.vision_encoder
-            learning = encoder.training
-            with torch.no_grad():
-                encoder.eval()
+            with torch.no_grad(), at_rest(self.model.vision_encoder):
                 self._blank = self.model.encode_images(pixels)
-                encoder.train(learning)
         return self._blank.expand(count, -1, -1)
 
     def _learns(self) -> bool:

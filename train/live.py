@@ -129,7 +129,7 @@ class PlainView:
         losses = " ".join(f"{name} {_loss(value)}" for name, value in record["loss"].items())
         blank = " ".join(f"{name} {_loss(value)}" for name, value in self.blank.items())
         minutes = (self.pace.left(step) or 0.0) / 60
-        said = f"step {step}/{self.steps}  loss {losses}" + (f"  blank {blank}" if blank else "")
+        said = f"step {step}/{self.steps}  loss {losses or '-'}" + (f"  blank {blank}" if blank else "")
         self.say(f"{said}  about {minutes:.0f} min left")
 
     def say(self, text: str) -> None:

@@ -72,7 +72,10 @@ class RunLock:
     def _try(self) -> bool:
         if self._file >= 0:
             return True
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+            raise ValueError(f"run={folder}: {file} is a file, not a folder: choose another with run=FOLDER")
+        folder.mkdir(parents=True, exist_ok=True)
         # Not O_TRUNC: until the lock is ours, the words in it are the holder's.
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flamingo.data.steps import StepBatches
 from flamingo.train.metrics import writing
+from flamingo.train.opening import SharedError
 from flamingo.train.precision import LossScale
 from flamingo.written import share
 
@@ -26,9 +27,10 @@ class NonFinite:
     skips is none of them.
     """
 
-    def __init__(self, run: Path, limit: int, rank: int):
-        self.folder, self.limit, self.rank = run / "nonfinite", limit, rank
+    def __init__(self, run: Path, limit: int, rank: int, say: Callable[[str], None] = lambda _: None):
+        self.folder, self.limit, self.rank, self.say = run / "nonfinite", limit, rank, say
         self.row = self.written = 0
+        self.steps = self.skipped = 0  # of this process
 
     def note(
         self,
@@ -44,6 +46,7 @@ class NonFinite:
         losses: mean of each source over all ranks; local: summed NLL of this rank.
         Raises ValueError on all ranks once there are more than `limit` in a row.
         """
+        self.steps += 1
         bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
         if not bad and math.isfinite(norm):
             self.row = 0
@@ -51,19 +54,36 @@ class NonFinite:
         if not bad and scale.expected():
             return True
         self.row += 1
+        self.skipped += 1
         here = [name for name, value in local.items() if not math.isfinite(value)]
         if self.written < KEPT and (here or not bad):  # a bad gradient does not tell whose it is
             self.written += 1
             with writing(self.folder, step):
                 self._keep(step, here or list(batches), batches)
+        what = f"the loss of {', '.join(bad)}" if bad else "the gradient"
         if self.row > self.limit:
-            what = f"the loss of {', '.join(bad)}" if bad else "the gradient"
-            raise ValueError(
+            raise SharedError(
                 f"{what} is not finite at step {step}, nor was it in the {self.row - 1} steps before; "
-                f"max_skipped_steps={self.limit}. Weights are as before. A lower optimizer.lr is the usual "
+                f"max_skipped_steps={self.limit}. They changed no weights. A lower optimizer.lr is the usual "
                 f"cure; {self.folder} has the samples"
             )
+        if self.skipped <= KEPT:
+            self.say(f"step {step} left out: {what} is not finite; {self.folder} has its samples")
         return True
+
+    def end(self) -> None:
+        """After the last step: how many were skipped.
+
+        Raises ValueError on all ranks where that were all, since the model is then what it was.
+        """
+        if not self.skipped:
+            return
+        if self.skipped == self.steps:
+            raise SharedError(
+                f"none of the {self.steps} steps had a finite loss and gradient, so nothing was learned. A "
+                f"lower optimizer.lr is the usual cure; {self.folder} has the samples"
+            )
+        self.say(f"{self.skipped} of {self.steps} steps were left out: their loss or gradient was not finite")
 
     def _keep(self, step: int, names: list[str], batches: StepBatches) -> None:
         """The keys and the tensors of this rank's micro-batches."""

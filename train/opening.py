@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flamingo.train.config import RECIPE, Recipe, RunConfig
 from flamingo.train.lock import RunLock
 from flamingo.train.stopping import Stopping
 
+SUMMARY = "train.json"  # in the folder of a run
 LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
 
 
@@ -87,6 +89,13 @@ def begin(recipe: RunConfig) -> None:
         recipe.run.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         write_text(held, text)
+
+
+def write_summary(recipe: RunConfig, summary: Mapping[str, Any]) -> None:
+    """What there is to tell of a run at its end; one that had ended before keeps what it told then."""
+    place = recipe.run / SUMMARY
+    if summary["resumed_at"] < recipe.steps or not place.exists():
+        write_text(place, json.dumps(summary, indent=1) + "\n")
 
 
 def check_folder(recipe: RunConfig, resume: bool) -> None:

@@ -5,7 +5,6 @@ What is unfrozen on the way begins a new phase: a checkpoint, and a new engine t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,6 @@ from flamingo.config import FlamingoConfig
 from flamingo.data.features import FeatureShards
 from flamingo.data.kinds import longest_clip
 from flamingo.data.steps import StepDataset, open_feeds
-from flamingo.data.writing import write_text
 from flamingo.features import fingerprint
 from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -36,7 +34,16 @@ from flamingo.train.loop import Company, Trainer
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
-from flamingo.train.opening import alike, begin, newest, opened, settled, slow_arithmetic, together
+from flamingo.train.opening import (
+    alike,
+    begin,
+    newest,
+    opened,
+    settled,
+    slow_arithmetic,
+    together,
+    write_summary,
+)
 from flamingo.train.optim import trained
 from flamingo.train.parts import boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
@@ -105,7 +112,7 @@ def _train(
     company = Company(
         metrics,
         Faults(recipe.run, start, recipe.max_bad_samples, rank),
-        NonFinite(recipe.run, recipe.max_skipped_steps, rank),
+        NonFinite(recipe.run, recipe.max_skipped_steps, rank, metrics.say),
         Checkpoints(
             recipe.run / "checkpoints",
             recipe.identity(),
@@ -120,6 +127,7 @@ def _train(
     try:
         with company.watchdog:
             _phases(recipe, objective, dataset, company, world, saved)
+            company.nonfinite.end()
     finally:
         metrics.close()
     seconds = time.monotonic() - began
@@ -249,7 +257,7 @@ def _counts(model: FlamingoForConditionalGeneration) -> dict[bool, int]:
 
 
 def _summary(recipe: Recipe, counts: dict[bool, int], world: int, start: int, seconds: float) -> None:
-    """What a report wants to know of the run: `train.json`."""
+    """What a report wants to know of the run."""
     summary = {
         "steps": recipe.steps,
         "resumed_at": start,
@@ -259,4 +267,4 @@ def _summary(recipe: Recipe, counts: dict[bool, int], world: int, start: int, se
         "trained_parameters": counts[True],
         "frozen_parameters": counts[False],
     }
-    write_text(recipe.run / "train.json", json.dumps(summary, indent=1) + "\n")
+    write_summary(recipe, summary)

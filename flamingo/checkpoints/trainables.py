@@ -128,6 +128,8 @@ def begin_with(model: FlamingoForConditionalGeneration, path: str | Path) -> Non
 
 
 def _config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path} is not there: name a model folder, or a file of `flamingo export`")
     if not path.is_dir():
         with _opened(path) as file:
             return json.loads(file.metadata()["config"])

@@ -44,6 +44,15 @@ def test_a_wrong_recipe_is_refused_before_anything_is_written(world: Path, cli, 
     shutil.rmtree(run, ignore_errors=True)
 
 
+def test_a_run_without_one_finite_step_fails_and_exports_nothing(world: Path, tmp_path: Path, cli):
+    run = tmp_path / "run"
+    huge = "model.architecture.initializer_range=1e38"
+    done = cli("train", world / "recipe.yaml", f"run={run}", huge, "steps=2", "--processes", "2")
+    said = fails(done, "none of the 2 steps had a finite loss", "step 2/2  loss -")
+    assert said.count("error (rank") == 1
+    assert "step 1 left out: the loss of captions" in done.stdout and not (run / "model").exists()
+
+
 def test_a_recipe_that_is_not_there_is_named(world: Path, cli):
     fails(cli("train", world / "recip.yaml"), "recip.yaml", "recipe.yaml")
 

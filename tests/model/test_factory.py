@@ -150,9 +150,11 @@ def test_architecture_fields_reach_the_model(language, encoder):
     assert {block.attn_gate.item() for block in model.gated_blocks} == {0.5}
 
 
-def test_an_unknown_architecture_field_names_the_known_ones(language, encoder):
-    with pytest.raises(ValueError, match="no resampler_widht; it has .*resampler_width"):
+def test_an_unknown_architecture_field_names_the_nearest_or_the_known_ones(language, encoder):
+    with pytest.raises(ValueError, match=r"no resampler_widht; did you mean resampler_width\?$"):
         create(vision=encoder, language=language, resampler_widht=16)
+    with pytest.raises(ValueError, match="no breadth; it has .*resampler_width"):
+        create(vision=encoder, language=language, breadth=16)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,8 @@ def test_the_command_assembles_a_folder_that_loads_and_whose_trained_part_can_be
     ("arguments", "words"),
     [
         (["resampler_depth"], "write key=value"),
-        (["resampler_deepness=3"], "FlamingoConfig has no resampler_deepness"),
+        (["resampler_deepness=3"], "FlamingoConfig has no resampler_deepness; did you mean resampler_depth?"),
+        (["x=3"], "FlamingoConfig has no x; it has added_tokens"),
         (["--dtype", "float8"], "choose auto, float32 or bfloat16"),
     ],
 )

@@ -40,6 +40,10 @@ def test_what_the_recipe_says_in_its_own_words_is_refused_there(raw, setting):
         ({"zero_optimization": 3}, "deepspeed.zero_optimization=3: is a section"),
         ({"zero_optimization": {"reduce_bucket": 1}}, "reduce_bucket"),
         ({"flops_profiler": 3}, "DeepSpeed cannot use"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "abc"}},
+            r"cannot use .*: reduce_bucket_size: Input should be a valid integer[^\n]*\(got 'abc'\)$",
+        ),
     ],
 )
 def test_a_key_that_deepspeed_does_not_know_is_refused(raw, message):

@@ -82,3 +82,38 @@ def test_what_cannot_be_kept_of_a_step_that_is_not_finite_is_told_with_its_folde
     batch: Any = SimpleNamespace(keys=["a"], input_ids=torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(OSError, match=r"nonfinite cannot be written at step 3 \(.*irectory.*--resume"):
         watch.note(3, {"x": math.nan}, 1.0, {"x": math.nan}, {"x": [batch]}, LossScale(False))
+
+
+def noted(run: Path, losses: list[float]) -> tuple[NonFinite, list[str]]:
+    """Steps with these losses, and what was said of them."""
+    said: list[str] = []
+    watch = NonFinite(run, 99, 0, said.append)
+    batch: Any = SimpleNamespace(keys=["a"], input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    for step, loss in enumerate(losses, 1):
+        watch.note(step, {"x": loss}, 1.0, {"x": loss}, {"x": [batch]}, LossScale(False))
+    return watch, said
+
+
+def test_the_first_steps_that_are_left_out_are_told_and_in_the_end_how_many(tmp_path):
+    watch, said = noted(tmp_path, [1.0, *[math.nan] * 5])
+    assert said == [
+        f"step {step} left out: the loss of x is not finite; {tmp_path / 'nonfinite'} has its samples"
+        for step in (2, 3, 4)
+    ]
+    watch.end()
+    assert said[3:] == ["5 of 6 steps were left out: their loss or gradient was not finite"]
+
+
+def test_a_run_that_left_out_all_its_steps_fails(tmp_path):
+    watch, _ = noted(tmp_path, [math.nan, math.nan])
+    with pytest.raises(
+        ValueError, match=r"none of the 2 steps had a finite loss .*nonfinite has the samples"
+    ):
+        watch.end()
+
+
+def test_a_run_without_such_steps_says_nothing(tmp_path):
+    for losses in ([], [1.0, 2.0]):
+        watch, said = noted(tmp_path, losses)
+        watch.end()
+        assert not said

@@ -56,6 +56,14 @@ def test_another_run_is_kept_out_with_the_words_where_the_first_lives(tmp_path):
         kill(process)
 
 
+@pytest.mark.parametrize("place", ["run", "run/below"])
+def test_a_file_in_the_place_of_a_run_is_named(tmp_path, place):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match=r"run is a file, not a folder: .* run=FOLDER"):
+        RunLock(tmp_path / place).acquire()
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 @pytest.mark.parametrize("helper", [False, True], ids=["alone", "with a loader process that outlives it"])
 def test_a_killed_run_frees_its_folder_at_once(tmp_path, helper):
     process, worker = started(tmp_path, helper)
@@ -105,10 +113,9 @@ def test_whoever_waited_for_a_file_that_was_given_back_takes_the_new_one(tmp_pat
     os.close(file)
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
-    (tmp_path / "file").touch()
+def test_a_folder_that_cannot_be_written_is_an_error_of_the_system():
     with pytest.raises(OSError):
-        RunLock(tmp_path / "file" / "run").acquire()
+        RunLock(Path("/dev/null/run")).acquire()  # no folder and no file, for root too
 
 
 def test_without_locks_a_holder_on_this_machine_is_still_found(tmp_path, monkeypatch):

@@ -131,6 +131,12 @@ def test_a_file_that_holds_no_recipe_is_named(recipe_file, text):
         read_recipe(recipe_file)
 
 
+def test_a_file_that_is_no_text_is_named(recipe_file):
+    recipe_file.write_bytes(b"\xff\x00\x81")
+    with pytest.raises(ValueError, match=r"tiny\.yaml is not text in UTF-8"):
+        read_recipe(recipe_file)
+
+
 def test_a_written_recipe_is_read_again_the_same(recipe_file, tmp_path):
     """As a run's folder keeps it."""
     recipe = read_recipe(recipe_file, ["optimizer.lr=3e-4", "sources.turns.weight=0.2"])

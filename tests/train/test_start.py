@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused_with_names(trained: Trained, tmp_path: Pat
     _, wider = write_backbones(tmp_path / "wider", width=64)
     with pytest.raises(ValueError, match=r"another encoder, language model or architecture"):
         assemble(trained.recipe(trained.folder, language=str(wider)))
-    with pytest.raises(ValueError, match=r"nowhere is no safetensors file"):
+    with pytest.raises(ValueError, match=r"nowhere is not there: name a model folder"):
         assemble(trained.recipe(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"holds no model \(no config.json\)"):
         assemble(trained.recipe(tmp_path))

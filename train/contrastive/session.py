@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import torch
 
 from flamingo.data.stream import Stream
-from flamingo.data.writing import write_text
 from flamingo.train import engine, manifest
 from flamingo.train.checkpoint import Checkpoints
 from flamingo.train.contrastive.config import ContrastiveRecipe
@@ -19,7 +17,7 @@ from flamingo.train.contrastive.loop import Company, Trained, Trainer
 from flamingo.train.contrastive.loss import Contrastive
 from flamingo.train.faults import Faults
 from flamingo.train.metrics import Metrics
-from flamingo.train.opening import alike, begin, newest, opened, together
+from flamingo.train.opening import alike, begin, newest, opened, together, write_summary
 from flamingo.train.stopping import Stopping, forget
 from flamingo.train.watchdog import Watchdog
 
@@ -123,7 +121,7 @@ def _finish(
         "frozen_parameters": sum(p.numel() for p in encoder.model.parameters()) - trained,
         "held_out": trainer.scores,
     }
-    write_text(recipe.run / "train.json", json.dumps(summary, indent=1) + "\n")
+    write_summary(recipe, summary)
     print(
         f"{folder}: open_clip loads it as local-dir:{folder}, a recipe takes it as open_clip:{folder}",
         flush=True,
