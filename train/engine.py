@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flamingo.train import group
 from flamingo.train.config import Recipe
-from flamingo.train.exchange import add_up
+from flamingo.train.exchange import Exchange
 from flamingo.train.gauges import norms, squared_norms
 from flamingo.train.moments import KEYS as KEYS
 from flamingo.train.moments import STEP as STEP
@@ -199,6 +199,7 @@ class Engine:
         # many GPUs that pays: each call waits for every hop, and one for each large gradient would be more.
         costs = world == 1 or self.device.type == "cpu"
         self.adds_up = costs and not self.stage and not recipe.deepspeed
+        self.exchange = Exchange(near=self.device.type == "cpu")
         if self.adds_up:
             self.deepspeed.enable_backward_allreduce = False
         self.named = trained(objective)
@@ -218,7 +219,7 @@ class Engine:
             loss = loss * self.scale.value
         self.deepspeed.backward(loss if self.adds_up else loss * self.world, scale_wrt_gas=False)
         if self.adds_up and self.world > 1 and self.deepspeed.is_gradient_accumulation_boundary():
-            add_up(self.named.values())
+            self.exchange.add_up(self.named.values())
 
     def next_part(self) -> None:
         """After all but the last micro-batch of a step."""

@@ -1,9 +1,11 @@
-"""Gradients are added up over ranks, large ones where they lie."""
+"""Gradients are added up over ranks: large ones where they lie, or all in memory that ranks share."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -37,28 +39,93 @@ def gradient(rank: int, number: int) -> Tensor | None:
     return None if (rank, number) in ABSENT else torch.randn(SHAPES[number], generator=generator)
 
 
-def added_up() -> tuple[list[Tensor], list[list[int]]]:
-    """This rank's sums, and the shapes that were sent; large gradients are sent themselves."""
+def with_gradients() -> list[nn.Parameter]:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     for number, parameter in enumerate(parameters):
         parameter.grad = gradient(torch.distributed.get_rank(), number)
+    return parameters
+
+
+def added_up(near: bool, part: int) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's sums, of two exchanges one after the other, and what was sent in the first."""
+    parameters = with_gradients()
     before = [parameter.grad for parameter in parameters]
-    with sent() as tensors:
-        exchange.add_up(parameters)
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    assert all(old is None or new is old for new, old in zip(found, before, strict=True))
-    assert all(any(found[number] is tensor for tensor in tensors) for number in (1, 3))
-    return found, [list(tensor.shape) for tensor in tensors]
+    with patch.object(exchange, "PART", part):
+        meeting = exchange.Exchange(near)
+        with sent() as tensors:
+            meeting.add_up(parameters)
+        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        assert all(old is None or new is old for new, old in zip(found, before, strict=True))
+        again = with_gradients()
+        meeting.add_up(again)
+    assert all(torch.equal(one.grad, two) for one, two in zip(again, found, strict=True))  # type: ignore[arg-type]
+    assert (meeting.memory is not None) == near
+    assert near or all(any(found[number] is tensor for tensor in tensors) for number in (1, 3))
+    return found, tensors
 
 
-def test_every_rank_has_the_sum_of_all_ranks_and_one_without_a_gradient_adds_nothing(tmp_path):
-    ranks = in_ranks(3, tmp_path, added_up)
-    for found, shapes in ranks:
-        assert shapes == [list(SHAPES[1]), list(SHAPES[3]), [3 + 4 * 5]]  # the small ones joined
+def check_sums(ranks: list[list[Tensor]]) -> None:
+    for found in ranks:
         for number, total in enumerate(found):
-            given = [grad for rank in range(3) if (grad := gradient(rank, number)) is not None]
+            given = [grad for rank in range(len(ranks)) if (grad := gradient(rank, number)) is not None]
             torch.testing.assert_close(total, sum(given), atol=1e-6, rtol=0)
-            assert torch.equal(total, ranks[0][0][number]), "the same bits on all ranks"
+            assert torch.equal(total, ranks[0][number]), "the same bits on all ranks"
+
+
+NUMBERS = sum(torch.Size(shape).numel() for shape in SHAPES)
+
+
+# Parts that cut gradients, that all gradients just fill, and of which they leave a piece.
+@pytest.mark.parametrize(("near", "part"), [(False, 1), (True, 99_991), (True, NUMBERS), (True, NUMBERS - 1)])
+def test_every_rank_has_the_sum_of_all_ranks_and_one_without_a_gradient_adds_nothing(near, part, tmp_path):
+    ranks = in_ranks(3, tmp_path, added_up, near, part)
+    check_sums([found for found, _ in ranks])
+    for _, tensors in ranks:
+        joined = [3 + 4 * 5]  # the small ones
+        expected = [] if near else [list(SHAPES[1]), list(SHAPES[3]), joined]
+        assert [list(tensor.shape) for tensor in tensors] == expected
+
+
+def traces(exchanges: int) -> tuple[list[str], list[str]]:
+    """Descriptors of shared memory that this rank holds after so many exchanges, and what it sees of it."""
+    meeting = exchange.Exchange(near=True)
+    for _ in range(exchanges):
+        meeting.add_up(with_gradients())
+    names = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [name for name in names if "gradients" in name], [line for line in maps if "gradients" in line]
+
+
+def test_shared_memory_is_made_once_and_has_no_name_so_that_nothing_outlives_the_ranks(tmp_path):
+    for held, seen in in_ranks(2, tmp_path, traces, 3):
+        assert held == ["/memfd:gradients (deleted)"]  # mmap's own descriptor
+        assert len(seen) == 1
+
+
+def apart(reason: str) -> tuple[list[Tensor], int]:
+    """Sums of ranks of which one cannot see the memory of the first, and how many tensors were sent."""
+    rank = torch.distributed.get_rank()
+    if reason == "another node" and rank == 1:
+        os.environ["LOCAL_RANK"] = "0"
+    hidden = {"no such system": "memfd_create", "no memory": "posix_fallocate", "another user": "open"}
+    whose = 0 if reason in ("no such system", "no memory") else 1
+    call = patch.object(os, hidden.get(reason, "getpid"), side_effect=OSError("not here"))
+    meeting, parameters = exchange.Exchange(near=True), with_gradients()
+    with sent() as tensors:
+        if reason in hidden and rank == whose:
+            with call:
+                meeting.add_up(parameters)
+        else:
+            meeting.add_up(parameters)
+    assert meeting.memory is None and not meeting.near
+    return [parameter.grad for parameter in parameters if parameter.grad is not None], len(tensors)
+
+
+@pytest.mark.parametrize("reason", ["another node", "no such system", "no memory", "another user"])
+def test_where_one_rank_cannot_share_memory_all_send(reason, tmp_path):
+    ranks = in_ranks(2, tmp_path, apart, reason)
+    check_sums([found for found, _ in ranks])
+    assert [count for _, count in ranks] == [3, 3]
 
 
 def numbers_sent(fields: dict) -> int:
