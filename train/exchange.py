@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 JOINED = 1 << 18  # numbers of a gradient: smaller ones are sent together, each would wait for the network
-PART = 1 << 22  # numbers of each rank that lie in shared memory at one time
+PART = 1 << 21  # numbers of each rank that lie in shared memory at one time
 
 
 class Exchange:
     """How the ranks of a run add up their gradients.
 
-    near: without GPUs, ranks that one launcher started on one machine meet in its memory, which takes a
-    third of the time of gloo's sockets (docs/decisions.md). Others, and those that cannot, send.
+    near: without GPUs, ranks that one launcher started on one machine meet in its memory, which takes
+    half the time of gloo's sockets (docs/decisions.md). Others, and those that cannot, send.
     """
 
     def __init__(self, near: bool):
