@@ -5,6 +5,7 @@ What is unfrozen on the way begins a new phase: a checkpoint, and a new engine t
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -95,10 +96,8 @@ def _train(
     saved = newest(recipe, rank)
     start = saved.step if saved else 0
     together(rank, lambda: begin(recipe))
-    together(
-        rank,
-        lambda: manifest.check(recipe.run, manifest.manifest(feed.stream for feed in dataset.feeds), accept),
-    )
+    shards = manifest.manifest(feed.stream for feed in dataset.feeds)
+    together(rank, lambda: manifest.check(recipe.run, shards, accept))
     if rank == 0:
         forget(recipe.run)
     metrics = Metrics(
@@ -108,22 +107,8 @@ def _train(
         metrics.say(f"going on from {saved.path}")
     if (slow := slow_arithmetic(recipe)) is not None:
         metrics.say(slow)
-    peak = measured_peak(engine.device(), dtype_of(recipe.autocast))
-    company = Company(
-        metrics,
-        Faults(recipe.run, start, recipe.max_bad_samples, rank),
-        NonFinite(recipe.run, recipe.max_skipped_steps, rank, metrics.say),
-        Checkpoints(
-            recipe.run / "checkpoints",
-            recipe.identity(),
-            recipe.checkpoint_keep,
-            recipe.checkpoint_background,
-        ),
-        stopping,
-        Watchdog(recipe.run, rank, world, recipe.watchdog_seconds),
-        float(engine.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=engine.device()))),
-        partial(evaluate, model, processor, recipe.run, rank, world) if evaluate else None,
-    )
+    company = _company(recipe, metrics, start, rank, world, stopping)
+    company.evaluate = partial(evaluate, model, processor, recipe.run, rank, world) if evaluate else None
     try:
         with company.watchdog:
             _phases(recipe, objective, dataset, company, world, saved)
@@ -132,12 +117,31 @@ def _train(
         metrics.close()
     seconds = time.monotonic() - began
     counts = _counts(model)
-    del objective, cache, model
+    del objective, cache, model, dataset, company
+    gc.collect()  # the export makes the model anew: it need not be in memory twice
     if rank == 0:
         if recipe.export:
             export_run(recipe.run, recipe.run / "model")
         _summary(recipe, counts, world, start, seconds)
     torch.distributed.barrier()
+
+
+def _company(
+    recipe: Recipe, metrics: Metrics, start: int, rank: int, world: int, stopping: Stopping
+) -> Company:
+    peak = measured_peak(engine.device(), dtype_of(recipe.autocast))
+    checkpoints = Checkpoints(
+        recipe.run / "checkpoints", recipe.identity(), recipe.checkpoint_keep, recipe.checkpoint_background
+    )
+    return Company(
+        metrics,
+        Faults(recipe.run, start, recipe.max_bad_samples, rank),
+        NonFinite(recipe.run, recipe.max_skipped_steps, rank, metrics.say),
+        checkpoints,
+        stopping,
+        Watchdog(recipe.run, rank, world, recipe.watchdog_seconds),
+        float(engine.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=engine.device()))),
+    )
 
 
 def _load(recipe: Recipe, world: int) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
