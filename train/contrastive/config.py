@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from flamingo.data.config import Augment, SourceConfig
 from flamingo.data.remote import Remote
-from flamingo.train.config import AdamWConfig, RunConfig, Section, read
+from flamingo.train.config import AdamWConfig, RunConfig, Section
+from flamingo.train.reading import read
 
 NAME = "pairs"  # of the source, in logs and keys
 OWN = ("embed_dim", "vision_cfg", "text_cfg")
