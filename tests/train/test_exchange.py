@@ -146,3 +146,15 @@ def test_a_rank_alone_sends_no_gradients_unless_a_section_of_deepspeed_may_say_h
     fields, exchanges, tmp_path
 ):
     assert bool(in_ranks(1, tmp_path, numbers_sent, fields)[0]) == exchanges
+
+
+def numbers_sent_by_one_of_two(nodes: int) -> int:
+    if nodes == 2:
+        os.environ["LOCAL_RANK"] = "0"
+    return numbers_sent({})
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_ranks_send_gradients_only_if_they_are_two_nodes(nodes, tmp_path):
+    ranks = in_ranks(2, tmp_path, numbers_sent_by_one_of_two, nodes)
+    assert [bool(count) for count in ranks] == [nodes == 2] * 2
