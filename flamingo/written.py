@@ -51,7 +51,11 @@ def replacing(out: Path) -> Iterator[Path]:
     part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    yield part
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     for path in list(part.rglob("*")):
         if path.is_file():
             if path.suffix == ".safetensors":

@@ -71,14 +71,14 @@ class NonFinite:
             self.say(f"step {step} left out: {what} is not finite; {self.folder} has its samples")
         return True
 
-    def end(self) -> None:
-        """After the last step: how many were skipped.
+    def end(self, start: int) -> None:
+        """After the last step: how many were skipped. start: steps that were done before this process.
 
         Raises ValueError on all ranks where that were all, since the model is then what it was.
         """
         if not self.skipped:
             return
-        if self.skipped == self.steps:
+        if self.skipped == self.steps and not start:
             raise SharedError(
                 f"none of the {self.steps} steps had a finite loss and gradient, so nothing was learned. A "
                 f"lower optimizer.lr is the usual cure; {self.folder} has the samples"

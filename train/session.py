@@ -112,7 +112,7 @@ def _train(
     try:
         with company.watchdog:
             _phases(recipe, objective, dataset, company, world, saved)
-            company.nonfinite.end()
+            company.nonfinite.end(start)
     finally:
         metrics.close()
     seconds = time.monotonic() - began

@@ -100,7 +100,7 @@ def test_the_first_steps_that_are_left_out_are_told_and_in_the_end_how_many(tmp_
         f"step {step} left out: the loss of x is not finite; {tmp_path / 'nonfinite'} has its samples"
         for step in (2, 3, 4)
     ]
-    watch.end()
+    watch.end(start=0)
     assert said[3:] == ["5 of 6 steps were left out: their loss or gradient was not finite"]
 
 
@@ -109,11 +109,17 @@ def test_a_run_that_left_out_all_its_steps_fails(tmp_path):
     with pytest.raises(
         ValueError, match=r"none of the 2 steps had a finite loss .*nonfinite has the samples"
     ):
-        watch.end()
+        watch.end(start=0)
+
+
+def test_a_run_that_went_on_and_left_out_what_was_left_is_told_so(tmp_path):
+    watch, said = noted(tmp_path, [math.nan])
+    watch.end(start=7)
+    assert said[1:] == ["1 of 1 steps were left out: their loss or gradient was not finite"]
 
 
 def test_a_run_without_such_steps_says_nothing(tmp_path):
     for losses in ([], [1.0, 2.0]):
         watch, said = noted(tmp_path, losses)
-        watch.end()
+        watch.end(start=0)
         assert not said
