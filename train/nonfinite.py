@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flamingo.data.steps import StepBatches
+from flamingo.data.writing import write_aside
 from flamingo.train.metrics import writing
 from flamingo.train.opening import SharedError
 from flamingo.train.precision import LossScale
-from flamingo.written import share
 
 KEPT = 3  # steps of a run whose batches are written
 
@@ -97,6 +97,5 @@ class NonFinite:
                         tensors[f"{name}/{number}/{field}"] = value.to("cpu").contiguous()
         place = self.folder / f"step-{step:06d}-rank-{self.rank:05d}"
         place.with_suffix(".json").write_text(json.dumps({"step": step, "keys": keys}, indent=1) + "\n")
-        file = place.with_suffix(".safetensors")
-        save_file({name: torch.atleast_1d(value) for name, value in tensors.items()}, file)
-        share(file)
+        saved = {name: torch.atleast_1d(value) for name, value in tensors.items()}
+        write_aside(place.with_suffix(".safetensors"), lambda part: save_file(saved, part))
