@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flamingo.eval.few_shot import Control, Setting, Source
+from flamingo.names import hint
 
 SHOTS = (0, 4, 8, 16, 32)  # of the papers
 
@@ -87,9 +87,7 @@ def explained(error: ValidationError) -> str:
     for found in error.errors():
         name = ".".join(map(str, found["loc"]))
         if found["type"] == "extra_forbidden":
-            near = get_close_matches(name, EvalConfig.model_fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(EvalConfig.model_fields)}"
-            said.append(f"unknown setting {name!r}; {hint}")
+            said.append(f"unknown setting {name!r}; {hint(name, EvalConfig.model_fields)}")
         else:
             said.append(f"{name}={found.get('input')!r}: {found['msg']}")
     return "; ".join(said)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from flamingo.eval.asking import OPTIONS, Asked, Asker, placed
+from flamingo.names import hint
 
 NAME = "flamingo"
 Talk = Generator[Asked, GenerationResult, list[Any]]  # prompts, each sent its answer; what it comes to
@@ -79,9 +79,7 @@ class _Flamingo(lmms):
         super().__init__()
         if unknown:
             name = next(iter(unknown))
-            near = get_close_matches(name, ARGUMENTS.split(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {ARGUMENTS.replace(' ', ', ')}"
-            raise ValueError(f"model_args: unknown {name!r}; {hint}")
+            raise ValueError(f"model_args: unknown {name!r}; {hint(name, ARGUMENTS.split())}")
         if not pretrained:
             raise ValueError("model_args: pretrained=FOLDER is missing: name a model folder")
         numbers = {"batch_size": batch_size, "beams": beams, "max_new_tokens": max_new_tokens}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from flamingo import vision as vision_sources
 from flamingo.config import ADDED_TOKENS, FlamingoConfig
 from flamingo.decoder import residual_rms
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.names import hint
 from flamingo.processing import FlamingoProcessor
 
 # Within what it gives, parameters that lie in pieces on several ranks are whole.
@@ -162,10 +162,5 @@ def _tokenizer(language: str) -> Any:
 def _check_fields(architecture: dict) -> None:
     known = set(FlamingoConfig.__annotations__) - {"text_config", "vision_config"}
     unknown = sorted(set(architecture) - known)
-    if not unknown:
-        return
-    first = unknown[0]
-    longer = sorted(name for name in known if first in name)
-    near = longer or difflib.get_close_matches(first, known, n=1, cutoff=0.8)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known))}"
-    raise ValueError(f"FlamingoConfig has no {first}; {hint}")
+    if unknown:
+        raise ValueError(f"FlamingoConfig has no {unknown[0]}; {hint(unknown[0], sorted(known))}")

@@ -21,7 +21,7 @@ OWN_LIMITS = {"flamingo.train.loop.train_step": 50}  # a step of training is rea
 
 # A module may import those before its own line, in `flamingo.`; `vision` stands for its files.
 LAYERS = [
-    {"config", "layers", "nll", "runtime", "chat", "attention_products", "written"},
+    {"config", "layers", "nll", "runtime", "chat", "attention_products", "written", "names"},
     {"media", "attention_blocks", "expansion"},
     {"attention_graph"},
     {"vision", "resampler", "cross_attention", "attention"},

@@ -5,7 +5,6 @@ Works with and without a launcher: one process alone is a group of one.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from flamingo.names import hint
 from flamingo.train import group
 from flamingo.train.config import Recipe
 from flamingo.train.exchange import Exchange
@@ -167,10 +167,8 @@ def check_section(recipe: Recipe, world: int) -> None:
         raise ValueError(f"deepspeed: DeepSpeed cannot use {recipe.deepspeed}: {error}") from error
     for key in recipe.deepspeed:
         if key not in read.keys_asked:
-            near = difflib.get_close_matches(key, read.keys_asked, n=1)
-            raise ValueError(
-                f"deepspeed.{key}: DeepSpeed has no such key" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            asked = sorted(map(str, read.keys_asked))
+            raise ValueError(f"deepspeed.{key}: DeepSpeed has no such key; {hint(key, asked)}")
 
 
 class Engine:

@@ -5,7 +5,6 @@ Unknown keys are errors that name the nearest known key.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from flamingo.names import hint
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -88,9 +89,7 @@ def _explain(error: Any, kind: type[BaseModel], fields: Any) -> str:
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']} (got {error.get('input')!r})" if where else error["msg"]
     known = _known_keys(error["loc"], kind)
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"unknown key {where}; {hint}"
+    return f"unknown key {where}; {hint(str(error['loc'][-1]), known)}"
 
 
 def _place(location: tuple, fields: Any) -> Iterator[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from flamingo.names import hint
 from flamingo.serving.prompt import Sampling
 
 NAMES = tuple(field.name for field in fields(Sampling))
@@ -17,11 +17,7 @@ NAMES = tuple(field.name for field in fields(Sampling))
 
 def unknown(name: str, known: Iterable[str], what: str = "setting") -> str:
     """What is said of a name that is not known: the nearest one, or all."""
-    known = list(known)
-    near = get_close_matches(name, known, n=1)
-    return f"unknown {what} {name!r}; " + (
-        f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
-    )
+    return f"unknown {what} {name!r}; {hint(name, known)}"
 
 
 def changed(sampling: Sampling, given: Mapping[str, Any], strict: bool = False) -> Sampling:

@@ -151,9 +151,9 @@ def test_architecture_fields_reach_the_model(language, encoder):
 
 
 def test_an_unknown_architecture_field_names_the_nearest_or_the_known_ones(language, encoder):
-    with pytest.raises(ValueError, match=r"no resampler_widht; did you mean resampler_width\?$"):
+    with pytest.raises(ValueError, match=r"no resampler_widht; did you mean 'resampler_width'\?$"):
         create(vision=encoder, language=language, resampler_widht=16)
-    with pytest.raises(ValueError, match="no breadth; it has .*resampler_width"):
+    with pytest.raises(ValueError, match="no breadth; known: .*resampler_width"):
         create(vision=encoder, language=language, breadth=16)
 
 
@@ -212,8 +212,8 @@ def test_the_command_assembles_a_folder_that_loads_and_whose_trained_part_can_be
     ("arguments", "words"),
     [
         (["resampler_depth"], "write key=value"),
-        (["resampler_deepness=3"], "FlamingoConfig has no resampler_deepness; did you mean resampler_depth?"),
-        (["x=3"], "FlamingoConfig has no x; it has added_tokens"),
+        (["resampler_deepness=3"], "no resampler_deepness; did you mean 'resampler_depth'?"),
+        (["x=3"], "FlamingoConfig has no x; known: added_tokens"),
         (["--dtype", "float8"], "choose auto, float32 or bfloat16"),
     ],
 )

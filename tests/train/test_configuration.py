@@ -35,8 +35,8 @@ def test_what_the_recipe_says_in_its_own_words_is_refused_there(raw, setting):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation: .* did you mean zero_optimization"),
-        ({"wall_clock_breakdwn": True}, "wall_clock_breakdwn: .* did you mean wall_clock_breakdown"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation: .* did you mean 'zero_optimization'"),
+        ({"wall_clock_breakdwn": True}, "wall_clock_breakdwn: .* did you mean 'wall_clock_breakdown'"),
         ({"zero_optimization": 3}, "deepspeed.zero_optimization=3: is a section"),
         ({"zero_optimization": {"reduce_bucket": 1}}, "reduce_bucket"),
         ({"flops_profiler": 3}, "DeepSpeed cannot use"),

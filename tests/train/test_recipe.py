@@ -91,7 +91,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(recipe_file, override, 
         ("optimizer.lr=-1", "optimizer.lr.*greater than 0"),
         ("optimizer.schedule=steps", "optimizer.schedule.*'constant'.*'steps'"),
         ("sources.turn.weight=1", "'turn'.*captions.*turns"),
-        ("sources.turns.weight=-1", r"sources\.turns\.weight: .*greater than or equal to 0"),
+        ("sources.turns.weight=-1", r"sources\.turns\.weight: .*greater than 0 .*got -1"),
         ("sources=[{name: turns, kind: pairs}]", r"sources\.turns\.shards: .*required"),
         ("sources=[{kind: pairs}]", r"sources\.0\.name: .*required"),  # it has no name
         ("sources=[3]", r"sources\.0: .*got 3"),
