@@ -6,7 +6,8 @@ import pytest
 
 from flamingo.names import hint
 
-KNOWN = ("resampler_width", "connector_width", "lr")
+KNOWN = ("resampler_width", "connector_width", "lr", "shots", "text_only_shots")
+ALL = f"known: {', '.join(KNOWN)}"
 
 
 @pytest.mark.parametrize(
@@ -14,8 +15,10 @@ KNOWN = ("resampler_width", "connector_width", "lr")
     [
         ("resampler_widht", "did you mean 'resampler_width'?"),
         ("width", "did you mean 'resampler_width' or 'connector_width'?"),
-        ("steps", "known: resampler_width, connector_width, lr"),
-        ("t", "known: resampler_width, connector_width, lr"),  # a letter is part of any name
+        ("shot", "did you mean 'shots'?"),  # and not what else it is a part of
+        ("resampler_broadness", "did you mean 'resampler_width'?"),
+        ("stages", ALL),
+        ("t", ALL),  # a letter is part of any name
     ],
 )
 def test_the_nearest_name_is_told_or_all(name, said):
