@@ -189,6 +189,18 @@ def test_a_micro_batch_twice_as_large_keeps_about_twice_as_much(folder):
     assert tracer.run(1) == whole  # nothing is left over of a run
 
 
+def test_a_large_language_model_is_no_part_of_the_first_micro_batch(tmp_path):
+    """Its class is asked once how it makes logits, of an LM made for that."""
+    large = {**LANGUAGE, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    recipe = recipe_for(tmp_path)
+    tracer = Tracer(assemble(recipe), recipe, IMAGES)
+    first = tracer.run(4)
+    assert first == tracer.run(4)
+    weights = sum(parameter.numel() for parameter in tracer.model.language_model.parameters())
+    assert first.activations + first.buffers < 4 * weights  # where it would be seen
+
+
 @pytest.mark.parametrize("variant", ["packed", "adapters", "unfrozen", "float32"])
 def test_states_are_the_bytes_that_model_and_optimizer_hold(folder, variant):
     """After a step of one process, with gradients: within 5 %."""

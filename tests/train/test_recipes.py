@@ -5,6 +5,7 @@ One that is added to the folder fails here until its numbers of parameters stand
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import pytest
 
 from flamingo.runtime import dtype_of
 from flamingo.train.config import read_recipe
-from flamingo.train.plan import plan
+from flamingo.train.plan import GIB, plan
 from flamingo.train.planning.assembly import assemble, bytes_of, parameters
+from flamingo.train.planning.memory import states
+from flamingo.train.planning.show import show
 from tests.train.backbones import known_backbones
 
-FOLDER = Path(__file__).resolve().parents[2] / "train" / "recipes"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER, PAGE = ROOT / "train" / "recipes", ROOT / "docs" / "recipes.md"
 # Parameters: (frozen LM, frozen encoder, trained).
 SIZES = {
     "finetune-folder-lora": (1_720_574_976, 85_843_200, 291_478_542),
@@ -76,9 +80,8 @@ def test_every_number_of_the_list_has_its_recipe():
 def test_a_recipe_says_what_it_is_and_where_its_numbers_come_from(path):
     text = path.read_text()
     assert text.startswith("# ")
-    if path.stem != "quickstart":
-        assert re.search(r"et al\. \d{4}", text), "no source is named"
-        assert "our choice" in text.lower()
+    assert re.search(r"et al\. \d{4}", text), "no source is named"
+    assert "our choice" in text.lower()
 
 
 @pytest.mark.slow
@@ -99,8 +102,32 @@ def test_a_recipe_says_what_it_is_and_where_its_numbers_come_from(path):
 def test_a_recipe_is_set_as_the_plan_for_its_machine_recommends(name, gpus, memory):
     path = FOLDER / f"{name}.yaml"
     recipe = read_recipe(path, overrides(path))
-    best = plan(recipe, gpus=gpus, gpu_memory=memory).recommended
+    made = plan(recipe, gpus=gpus, gpu_memory=memory)
+    best = made.recommended
     assert best and (best.zero_stage, best.accumulation) == (recipe.zero_stage, recipe.accumulation)
+    if name == "openflamingo-9b":
+        show(made, told := io.StringIO())
+        assert rows(told.getvalue()) == rows(PAGE.read_text())
+
+
+def rows(text: str) -> list[list[str]]:
+    """Of a plan's table."""
+    return [line.split() for line in text.splitlines() if re.match(r"   [0-3] +\d+ ", line)]
+
+
+def test_the_page_shows_the_states_that_a_plan_gives():
+    recipe = read_recipe(FOLDER / "openflamingo-9b.yaml")
+    model = assemble(recipe)
+    count, whole = sum(parameters(model)[1].values()), bytes_of(model.vision_encoder, trained=False)
+    shown = rows(PAGE.read_text())
+    assert len(shown) == 20
+    for row in shown:
+        stage, accumulation = map(int, row[:2])
+        found = states(recipe, stage, 64, accumulation, bytes_of(model, trained=False), count, whole)
+        kinds = (found.frozen, found.trained, found.gradients, found.optimizer, found.buffers)
+        assert row[3:8] == [f"{kind / GIB:.2f}" for kind in kinds]
+        batch = float(row[8]) + float(row[9])
+        assert float(row[10]) == pytest.approx(found.total / GIB + batch, abs=0.016)  # three were rounded
 
 
 def test_the_stages_of_llava_are_of_one_architecture_and_the_first_trains_no_language_model():

@@ -95,6 +95,8 @@ class Tracer:
     def __init__(self, model: FlamingoForConditionalGeneration, recipe: Recipe, images: Mapping[str, int]):
         """model: of `assembly.assemble`; from here on it consists of shapes."""
         self.model, self.recipe, self.images, self.fake = model, recipe, images, FakeTensorMode()
+        # Asked once, of an LM made for that (`Decoder.hands_on_logits`), which is no part of a step.
+        _ = model.skips_logits
         to_shapes(model, self.fake)
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients are counted with the states

@@ -22,7 +22,6 @@ COLUMNS = (
     "activations",
     "encoder, loss",
     "total",
-    "",
 )
 
 
@@ -69,15 +68,19 @@ def show(plan: Plan, file: TextIO | None = None) -> None:
 
 def _table(plan: Plan, terminal: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
-    for name in COLUMNS:
+    host = any(option.states.host for option in plan.options)  # with `offload`
+    for name in (*COLUMNS, *(["in the CPU's"] if host else []), ""):
         table.add_column(name, justify="right", no_wrap=not terminal)
     for option in plan.options:
-        style = "bold" if option is plan.recommended else "" if option.fits else "dim"
-        table.add_row(*_row(option, option is plan.recommended), style=style)
+        best = option is plan.recommended
+        style = "bold" if best else "" if option.fits else "dim"
+        note = "<- recommended" if best else "" if option.fits else "too large"
+        moved = [f"{option.states.host / GIB:.2f}"] if host else []
+        table.add_row(*_row(option), *moved, note, style=style)
     return table
 
 
-def _row(option: Option, best: bool) -> list[str]:
+def _row(option: Option) -> list[str]:
     states, batch = option.states, option.batch
     sizes = (
         states.frozen,
@@ -90,8 +93,7 @@ def _row(option: Option, best: bool) -> list[str]:
         option.total,
     )
     numbers = [str(n) for n in (option.zero_stage, option.accumulation, option.documents)]
-    note = "<- recommended" if best else "" if option.fits else "too large"
-    return [*numbers, *(f"{size / GIB:.2f}" for size in sizes), note]
+    return [*numbers, *(f"{size / GIB:.2f}" for size in sizes)]
 
 
 def _count(number: int) -> str:
