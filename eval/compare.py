@@ -6,6 +6,7 @@ metrics.jsonl must be there, and its last line may be cut off. Needs no model an
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.resources
 import json
@@ -92,6 +93,7 @@ def read_run(folder: Path, name: str) -> Run:
     records, notes = read_records(folder / "metrics.jsonl")
     _, recipe = report.read_recipe(folder / "recipe.yaml")
     train, evaluation = (report.read_json(folder / file) for file in ("train.json", "eval.json"))
+    notes += _changes(folder / "changes.jsonl")
     run = Run(name, folder, records, recipe, train, evaluation, notes)
     if not run.finished:
         written = datetime.datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, tz=datetime.UTC)
@@ -101,6 +103,15 @@ def read_run(folder: Path, name: str) -> Run:
             f"written {written:%Y-%m-%d %H:%M} UTC"
         )
     return run
+
+
+def _changes(path: Path) -> Iterator[str]:
+    """What was set otherwise when the run went on."""
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            change = json.loads(line)
+            told = ", ".join(f"{key}={_text(value)}" for key, value in change["settings"].items())
+            yield f"went on after step {change['after_step']:,} with {told}"
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -165,7 +176,7 @@ def figures(run: Run) -> dict[str, Any]:
         "folder": str(run.path),
         "finished": run.finished,
         "last_step": run.last,
-        "seconds_of_steps": round(sum(record["seconds"] for record in run.records), 1),
+        "seconds_of_steps": _seconds(run.records),
         "worth": worth(found),
         "gate_attention": _last(run.records, "gate_attention"),
         "gate_feed_forward": _last(run.records, "gate_feed_forward"),
@@ -175,6 +186,13 @@ def figures(run: Run) -> dict[str, Any]:
         "skipped_steps": sum(1 for record in run.records if record.get("step_skipped")),
         "notes": run.notes,
     }
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of all steps; None where not every step is recorded (`log_every`)."""
+    if len(records) < records[-1]["step"]:
+        return None
+    return round(sum(record["seconds"] for record in records), 1)
 
 
 def worth(found: Mapping[str, Any]) -> dict[str, float]:
@@ -244,20 +262,20 @@ def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
 
 
 def loss_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
-    """(source, chart): solid as trained, dashed with blanked images; its top 2 % may be cut off."""
+    """(source, chart): solid as trained, dashed with blanked images; a run's top 2 % may be cut off."""
     names = dict.fromkeys(name for run in runs for record in run.records for name in record["loss"])
     drawn = []
     for name in names:
-        curves, every = [], []
+        curves, tops = [], [0.0]
         for number, run in enumerate(runs):
             seen, blank = (_series(run.records, key, name) for key in ("loss", "loss_blank"))
             if seen[0]:
                 curves.append(Curve(seen, number, LETTERS[number], smooth=True))
             if blank[0]:
                 curves.append(Curve(blank, number, dashed=True))
-            every += [*seen[1], *blank[1]]
-        top = float(np.quantile(every, 0.98)) if every else 1.0
-        drawn.append((name, charts.compared(curves, f"Loss of {name}", large=True, top=top or 1.0)))
+            if every := [*seen[1], *blank[1]]:  # of each run: a long one would hide a short one
+                tops.append(float(np.quantile(every, 0.98)))
+        drawn.append((name, charts.compared(curves, f"Loss of {name}", large=True, top=max(tops) or 1.0)))
     return drawn
 
 

@@ -8,6 +8,7 @@ T tokens, N images, P grid places, L latents, W widths, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterator
@@ -21,8 +22,6 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from flamingo import vision
-from flamingo.config import FlamingoConfig
 from flamingo.decoder import find_decoder_layers
 from flamingo.fusions import positions
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -56,7 +55,7 @@ class Costs:
 
 
 def step_flops(
-    model: FlamingoForConditionalGeneration | FlamingoConfig,
+    model: FlamingoForConditionalGeneration,
     *,
     tokens: float,
     targets: float,
@@ -77,12 +76,10 @@ def step_flops(
     image `model.image_tokens` tokens (0 leaves the LM's attention out); looks: pairs of a token and an
     image that it sees (None: every token sees one); places: grid places of all images (None: one
     picture each); pictures: those that the encoder encodes, without cached ones (None: one per image);
-    recomputed: with what activation checkpointing does again. A config is a model with all that is
-    frozen frozen.
+    recomputed: with what activation checkpointing does again. Weights may be in pieces (ZeRO-3).
     """
-    costs = _of_config(model.to_json_string()) if isinstance(model, FlamingoConfig) else costs_of(model)
-    config: Any = model if isinstance(model, FlamingoConfig) else model.config
-    rows, columns = config.vision_config.grid
+    costs, vision_config = costs_of(model), model.config.vision_config
+    rows, columns = vision_config.grid  # type: ignore[union-attr]
     looks = tokens if looks is None else looks
     pictures = images if pictures is None else pictures
     if places is None:
@@ -109,15 +106,6 @@ def costs_of(model: FlamingoForConditionalGeneration) -> Costs:
     return held[1]
 
 
-@lru_cache(maxsize=8)
-def _of_config(fields: str) -> Costs:
-    import json
-
-    with vision.shapes_only(), torch.device("meta"):
-        model = FlamingoForConditionalGeneration(FlamingoConfig(**json.loads(fields)))
-    return _count(model)
-
-
 def _count(model: FlamingoForConditionalGeneration) -> Costs:
     config, text = model.config, model.config.get_text_config()
     latents, inner = model.resampler.count, config.cross_attention_heads * config.cross_attention_head_dim
@@ -142,7 +130,7 @@ def _count(model: FlamingoForConditionalGeneration) -> Costs:
         pair += attended * (3 if flows else 1)
         again[0], again[1] = again[0] + _products(layer, text), again[1] + attended
     head = model.get_output_embeddings()
-    target = _counted(head, True, text) + 3 * 2.0 * model.added_tokens.output.numel()
+    target = _counted(head, True, text) + 3 * 2.0 * math.prod(_shape(model.added_tokens.output))
     place, per_image, once = _resampler(model)
     picture = encoder_flops(model) * (3 if _trains(model.vision_encoder) else 1)
     image, extra = image + per_image, model.image_tokens - 1
@@ -182,11 +170,7 @@ def encoder_flops(model: FlamingoForConditionalGeneration) -> float:
     """FLOPs of the encoder on one picture, counted while it runs without data."""
     encoder: nn.Module = model.vision_encoder  # type: ignore[assignment]
     tensors = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
-    # ZeRO-3 keeps parameters in pieces, and their shapes beside them.
-    shapes = {
-        n: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
-        for n, t in tensors.items()
-    }
+    shapes = {n: torch.empty(_shape(t), dtype=t.dtype, device="meta") for n, t in tensors.items()}
     vision_config: Any = model.config.vision_config
     size, dtype = vision_config.image_size, next(encoder.parameters()).dtype
     pixels = torch.empty(1, 3, size, size, dtype=dtype, device="meta")
@@ -208,8 +192,13 @@ def _linears(module: nn.Module, text: Any = None) -> Iterator[tuple[float, bool]
             yield 2.0 * part.nx * part.nf * factor, part.weight.requires_grad
         elif expert:  # all experts in one tensor [experts, in, out]
             for parameter in part.parameters(recurse=False):
-                if parameter.ndim == 3:
-                    yield 2.0 * parameter.numel() * factor, parameter.requires_grad
+                if len(shape := _shape(parameter)) == 3:
+                    yield 2.0 * math.prod(shape) * factor, parameter.requires_grad
+
+
+def _shape(tensor: torch.Tensor) -> torch.Size:
+    """Of the whole: ZeRO-3 keeps parameters in pieces, and their shapes beside them."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def _expert_share(text: Any) -> float:

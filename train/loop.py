@@ -17,7 +17,7 @@ from flamingo.data.packing import Rows, packed, padded
 from flamingo.data.steps import StepBatches, StepDataset, step_loader
 from flamingo.train.checkpoint import Checkpoints
 from flamingo.train.config import Recipe
-from flamingo.train.engine import Engine, sum_over_ranks
+from flamingo.train.engine import Engine, most_over_ranks, sum_over_ranks
 from flamingo.train.faults import Faults
 from flamingo.train.flops import step_flops
 from flamingo.train.gauges import Held, derived, gates, held, memory_gb
@@ -70,13 +70,15 @@ class Trainer:
             beat(step + 1, "waiting for data", PATIENCE)
             began = time.monotonic()
             batches = next(loader)
-            waited = time.monotonic() - began
+            waited = most_over_ranks(time.monotonic() - began)  # all wait for the slowest
             beat(step + 1, "training", PATIENCE if step == start else 1.0)
+            blank = self._blanked(step, batches)
+            began = time.monotonic()
             with profiled(recipe, step + 1, self.dataset.rank):
                 record = self.train_step(step, batches)
-            record["seconds"] = round(time.monotonic() - began, 4)  # with the wait for the data
+                record["seconds"] = round(waited + time.monotonic() - began, 4)
             record["data_seconds"] = round(waited, 4)
-            self._report(step, record, batches)
+            self._report(step, record | blank, batches)
             self.company.checkpoints.poll()
             due = recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0
             goes_on = step + 1 < recipe.steps
@@ -93,15 +95,14 @@ class Trainer:
         recipe, last = self.recipe, step + 1 == self.recipe.steps
         if record["skipped"]:  # on any rank
             record["faults"] = self.company.faults.note(step + 1, self._skipped(batches))
-        if recipe.blank_every and (step % recipe.blank_every == 0 or last):
-            record["loss_blank"] = self.blank_loss(batches)
         asked = self.company.evaluate and recipe.evaluate
         if asked and self.company.evaluate and ((step + 1) % asked.every == 0 or last):
             self.company.watchdog.beat(step + 1, "evaluating", PATIENCE)
             record["scores"] = scores = self.company.evaluate(step + 1)
             said = ", ".join(f"{name} {score:g}" for name, score in scores.items())
             self.company.metrics.say(f"evaluation after step {step + 1}: {said}")
-        if (step + 1) % recipe.log_every == 0 or last or "scores" in record:
+        told = record["skipped"] or record.keys() & {"loss_blank", "scores", "step_skipped"}
+        if (step + 1) % recipe.log_every == 0 or last or told:
             flops = record.pop("flops")
             record |= derived(record, flops=flops, peak=self.company.peak)
             record["memory_gb"] = memory_gb(self.engine.device)
@@ -116,8 +117,7 @@ class Trainer:
     def train_step(self, step: int, batches: StepBatches) -> dict[str, Any]:
         """One optimizer step over all sources, micro-batches and ranks; its record."""
         recipe, engine = self.recipe, self.engine
-        # What is drawn in a step (dropout) follows from it, so a resumed run draws the same.
-        torch.manual_seed(draw(recipe.seed, "step", step, self.dataset.rank) >> 1)
+        self._seed(step)
         targets = self.count_targets(batches)
         rate = learning_rate(step, recipe.steps, recipe.optimizer)
         sums, read = torch.zeros(len(self.names), dtype=torch.float64), Held()
@@ -147,6 +147,10 @@ class Trainer:
             **self._sizes(batches, read, sum(targets.values())),
         }
 
+    def _seed(self, step: int) -> None:
+        """What is drawn in a step (dropout) follows from it, so a resumed run draws the same."""
+        torch.manual_seed(draw(self.recipe.seed, "step", step, self.dataset.rank) >> 1)
+
     def rows(self, batches: StepBatches, number: int) -> list[Rows]:
         """Micro-batch `number` of all sources as rows."""
         micro = [batches[name][number] if name in batches else None for name in self.names]
@@ -163,6 +167,15 @@ class Trainer:
         local = [sum(batch.n_targets for batch in batches.get(name, [])) for name in self.names]
         counts = sum_over_ranks(torch.tensor(local, dtype=torch.int64, device=self.engine.device))
         return dict(zip(self.names, counts.tolist(), strict=True))
+
+    def _blanked(self, step: int, batches: StepBatches) -> dict[str, Any]:
+        """`loss_blank` of a step that is about to be taken, where it is due: of the weights and draws that
+        its loss is of, which the step would change."""
+        every = self.recipe.blank_every
+        if not every or (step % every and step + 1 < self.recipe.steps):
+            return {}
+        self._seed(step)
+        return {"loss_blank": self.blank_loss(batches)}
 
     @torch.no_grad()
     def blank_loss(self, batches: StepBatches) -> dict[str, float]:
@@ -203,7 +216,7 @@ class Trainer:
         sizes: dict[str, Any] = dict(zip(counts, total, strict=True))
         model = self.objective.model
         sizes["flops"] = step_flops(
-            model.config if self.engine.stage == 3 else model,  # in pieces, weights have no shapes
+            model,
             tokens=sizes.pop("held"),
             targets=targets,
             images=sizes.pop("marks"),

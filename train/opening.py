@@ -22,6 +22,7 @@ from flamingo.train.lock import RunLock
 from flamingo.train.stopping import Stopping
 
 SUMMARY = "train.json"  # in the folder of a run
+CHANGES = "changes.jsonl"  # beside it: settings with which it went on, where they are not the recipe's
 LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
 
 
@@ -82,13 +83,26 @@ def alike() -> Iterator[None]:
         raise SharedError(words[0]) from failed
 
 
-def begin(recipe: RunConfig) -> None:
-    """Make the run's folder, once all that can be wrong with a recipe has been seen."""
-    held = recipe.run / RECIPE
+def begin(recipe: RunConfig, step: int = 0) -> None:
+    """Make the run's folder, once all that can be wrong with a recipe has been seen; of one that goes on
+    after `step`, note the settings that are others from here on."""
+    held, settings = recipe.run / RECIPE, recipe.model_dump(mode="json")
     if not held.exists():
         recipe.run.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        write_text(held, text)
+        write_text(held, yaml.safe_dump(settings, sort_keys=False))
+        return
+    place = recipe.run / CHANGES
+    lines = place.read_text().splitlines() if place.exists() else []
+    before = type(recipe).model_validate(yaml.safe_load(held.read_text())).model_dump(mode="json")
+    for number, line in enumerate(lines, 1):
+        try:
+            before |= json.loads(line)["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{place}: line {number} is damaged; remove it to go on") from None
+    changed = {key: value for key, value in settings.items() if key != "run" and before.get(key) != value}
+    if changed:
+        lines.append(json.dumps({"after_step": step, "settings": changed}))
+        write_text(place, "\n".join(lines) + "\n")
 
 
 def write_summary(recipe: RunConfig, summary: Mapping[str, Any]) -> None:

@@ -152,17 +152,20 @@ class Watchdog:
             file.write(
                 f"rank {self.rank} of {self.world}, host {socket.gethostname()}, process {os.getpid()}\n"
                 f"step {beat.step}, {beat.phase}: no beat for {age:.1f} s "
-                f"(watchdog_seconds={self.seconds:g})\n\n"
+                f"({self._allowed(beat)})\n\n"
             )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
+    def _allowed(self, beat: Beat) -> str:
+        longer = f", {beat.patience:g} times as long for {beat.phase}" if beat.patience != 1 else ""
+        return f"{self.seconds * beat.patience:g} s (watchdog_seconds={self.seconds:g}{longer})"
+
     def _say(self, states: dict[int, dict[str, Any]]) -> None:
         behind, others = split(states)
+        assert self._beat
         unknown = sorted(set(range(self.world)) - states.keys())
-        lines = [
-            f"no beat for {self.seconds:g} s (watchdog_seconds): the run hangs and ends, status {STATUS}"
-        ]
+        lines = [f"no beat for {self._allowed(self._beat)}: the run hangs and ends, status {STATUS}"]
         lines += [f"  hangs: {line}" for line in described(behind)]
         lines += [f"  waits: {line}" for line in described(others)]
         lines += [f"  never heard of: {short(unknown)}"] if unknown else []

@@ -27,7 +27,11 @@ def test_training_logs_what_shows_whether_the_model_learns_to_look(trained: Path
         assert record["grad_norm"] > 0 and record["lr"] >= 0
         assert len(record["gate_attention"]) == len(record["gate_feed_forward"]) == 2
         assert record["samples"] == 8 and record["images"] == 12
-        assert record["samples_per_second"] > 0 and record["tokens_per_second"] > 0
+        for rate in ("samples", "tokens", "images", "flops"):
+            assert record[f"{rate}_per_second"] > 0
+        assert record["grad_norms"].keys() >= {"resampler", "gates", "gated_blocks", "embeddings"}
+        assert 0 < record["padding_share"] < 1 and 0 <= record["data_share"] <= 1
+        assert record["memory_gb"] > 0 and record["peak_share"] > 0
     assert [record["step"] for record in steps if "loss_blank" in record] == [1, 3, 4]
     assert json.loads((trained / "train.json").read_text())["ranks"] == 2
     assert list((trained / "tensorboard").glob("events.*"))

@@ -289,3 +289,33 @@ def test_brings_no_model_code():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_settings_of_a_run_that_went_on_with_others_are_told(looks: Path, blind: Path):
+    changes = [(40, {"zero_stage": 2}), (1040, {"workers": 3})]
+    noted = [json.dumps({"after_step": step, "settings": settings}) for step, settings in changes]
+    (looks / "changes.jsonl").write_text("\n".join([*noted, "{torn"]))
+    comparison, html = compared(looks, blind)
+    told = ["went on after step 40 with zero_stage=2", "went on after step 1,040 with workers=3"]
+    assert comparison["runs"][0]["notes"] == told and all(one in html for one in told)
+
+
+def test_the_time_of_the_steps_is_told_only_where_every_step_is_recorded(looks: Path, tmp_path: Path):
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "metrics.jsonl").write_text("".join(json.dumps(record(step, 1.0)) + "\n" for step in (5, 10)))
+    comparison, _ = compared(looks, few)
+    assert [run["seconds_of_steps"] for run in comparison["runs"]] == [2.0 * STEPS, None]
+
+
+def test_a_short_run_is_not_hidden_by_a_long_one(tmp_path: Path):
+    """The axis ends where one of the runs needs it."""
+    runs = [tmp_path / "long", tmp_path / "short"]
+    for run, steps, loss in zip(runs, (5000, 40), (1.0, 9.0), strict=True):
+        run.mkdir()
+        made = [{"step": n, "seconds": 1.0, "loss": {"captions": loss + 1 / n}} for n in range(1, steps + 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
+    _, html = compared(*runs)
+    chart = re.findall(r"<svg.*?</svg>", html, re.S)[0]
+    for number in range(2):
+        assert re.search(rf"<path [^>]*stroke: var\(--series-{number}\)", chart), number

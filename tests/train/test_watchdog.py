@@ -62,7 +62,7 @@ def test_the_rank_that_sleeps_for_ever_is_named_and_both_end_with_the_status(tmp
     hung, waiting = (line for line in message.splitlines() if "rank " in line)
     assert hung.startswith("  hangs: rank 1, step 3, data: in hang_in_reading (test_watchdog.py:")
     assert waiting.startswith("  waits: rank 0, step 3, step: in ") and "all_reduce" in waiting
-    assert "watchdog_seconds" in message and str(tmp_path) in message
+    assert "no beat for 1 s (watchdog_seconds=1):" in message and str(tmp_path) in message
     assert "hang_in_reading" in (tmp_path / "watchdog-rank1.txt").read_text()
     stacks = (tmp_path / "watchdog-rank0.txt").read_text()
     assert stacks.startswith("rank 0 of 2, host ") and "step 3, step: no beat for" in stacks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,8 @@ import torch
 
 from flamingo.train import checkpoint
 from flamingo.train.engine import Engine, gather_objects, gathered, partitioned
+from flamingo.train.flops import step_flops
+from flamingo.train.loop import Trainer
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.parts import add_adapters, compile_parts
 from tests.train.steps import engine_of, micro_batches, recipe, sum_over_ranks, take_step, weights
@@ -30,6 +33,61 @@ def losses_of_all(settings: list[dict[str, Any]], steps: int) -> list[list[float
         found.append([take_step(engine, given, step)[0] for step in range(steps)])
         engine.close()
     return found
+
+
+def flops_of_all(settings: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Of a step of each setting: with whole weights, and under ZeRO-3."""
+    held = {"tokens": 100, "targets": 50, "images": 4, "pairs": 1000}
+    found = []
+    for fields in settings:
+        flops = []
+        for stage in (0, 3):
+            engine = engine_of(recipe(**fields, zero_stage=stage))
+            flops.append(step_flops(engine.module.model, **held))  # type: ignore[arg-type]
+            engine.close()
+        found.append((flops[0], flops[1]))
+    return found
+
+
+def clipped_of_all(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a first step of each setting: the norm before clipping; of Adam's first moments the norm of the
+    gradient that it was given; the largest change of a weight of each group."""
+    found = []
+    for fields in settings:
+        given = recipe(**fields)
+        engine = engine_of(given)
+        before = weights(engine)
+        _, _, norm = take_step(engine, given, 0)
+        moments = [engine.moments.read(name)["exp_avg"].float() for name in engine.named]
+        squares = sum(float(moment.square().sum()) for moment in moments)
+        moved: dict[str, float] = {}
+        for name, value in weights(engine).items():
+            group = next((g for g in ("resampler", "added_tokens") if g in name), "blocks")
+            moved[group] = max(moved.get(group, 0.0), float((value - before[name]).abs().max()))
+        given_norm = squares**0.5 / (1 - given.optimizer.betas[0])
+        found.append({"norm": norm, "given": given_norm, "moved": moved})
+        engine.close()
+    return found
+
+
+def waits(seconds: float) -> list[dict[str, Any]]:
+    """Records of two steps of a loop for which rank 1 waits for data; nothing is trained."""
+    rank, told = torch.distributed.get_rank(), []
+
+    def reading() -> Iterator[dict]:
+        for _ in range(2):
+            time.sleep(seconds * rank)
+            yield {}
+
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.recipe = recipe(steps=2, blank_every=0, checkpoint_every=0)
+    trainer.engine, trainer.dataset, trainer.company = mock.Mock(), mock.Mock(rank=rank), mock.Mock()
+    trainer.company.stopping.agreed.return_value = None
+    trainer.train_step = lambda step, batches: {"step": step + 1}
+    trainer._report = lambda step, record, batches: told.append(record)
+    with mock.patch("flamingo.train.loop.step_loader", return_value=reading()):
+        trainer.run(0, 2)
+    return told
 
 
 def all_spoilt(folder: str, cases: list[tuple[int, str]]) -> list[dict[str, Any]]:
@@ -155,7 +213,7 @@ def _anonymous() -> int:
 
 
 def writes_that_fail(folder: str) -> list[tuple[str, str, str]]:
-    """(what failed, the message, the checkpoint that is then found) for every write of a checkpoint."""
+    """(what failed, the message, the checkpoint that is then found, what is left) for every write."""
     given = recipe(zero_stage=1)
     engine = engine_of(given)
     found = []
@@ -174,7 +232,8 @@ def writes_that_fail(folder: str) -> list[tuple[str, str, str]]:
         except OSError as told:
             message = str(told)
         newest = checkpoint.newest(place, given.identity())
-        found.append((name, message, newest.name if newest else ""))
+        left = sorted(path.name for path in place.iterdir())
+        found.append((name, message, newest.name if newest else "", left))
         torch.distributed.barrier()
     engine.close()
     return found

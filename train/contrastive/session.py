@@ -45,7 +45,7 @@ def train(
         if saved:
             with alike():
                 trained.restore(saved)
-        together(rank, lambda: begin(recipe))
+        together(rank, lambda: begin(recipe, start))
         shards = manifest.manifest([pairs.stream])
         together(rank, lambda: manifest.check(recipe.run, shards, accept_changed_shards))
         if rank == 0:
