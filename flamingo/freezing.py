@@ -70,13 +70,17 @@ class FrozenParts:
 
     def train(self, mode: bool = True):
         """Frozen means frozen: the encoder and the LM stay in eval mode (no dropout), but for the
-        dropout of adapters in the LM (PEFT's LoRA)."""
+        dropout of adapters in the LM (PEFT's LoRA). Statistics of an encoder's BatchNorm stay what they are
+        also where it is trained: they would be each rank's own, and follow the size of its batch."""
         model: Any = self
         super().train(mode)  # type: ignore[misc]
         for part in (model.vision_encoder, model.language_model):
             part.eval()
         for module in self.trained_modules().values():
             module.train(mode)
+        for module in model.vision_encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False  # and not of what it holds
         for name, module in model.language_model.named_modules():
             if "lora_dropout" in name:
                 module.train(mode)

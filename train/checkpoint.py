@@ -70,7 +70,7 @@ class Checkpoints:
         """
         self.finish()
         target = self.folder / f"step-{step:06d}"
-        part = self.folder / f".{target.name}.part"
+        part = _aside(target)
         self._agree(lambda: _make_room(part) if dist.get_rank() == 0 else None, target)
         files = _snapshot(engine, copy=self.background)
         manifest = {"format": FORMAT, "step": step, "identity": self.identity}
@@ -98,7 +98,7 @@ class Checkpoints:
         self._thread.join()
         self._thread = None
         target = self.folder / f"step-{self._step:06d}"
-        part = self.folder / f".{target.name}.part"
+        part = _aside(target)
         self._agree(self._told, target)
         self._complete(part, target, self._manifest)
 
@@ -123,7 +123,7 @@ class Checkpoints:
                 newest = there.index(target) + 1
                 # Those of later steps are damaged ones, which this run went back behind.
                 for old in there[: max(0, newest - self.keep)] + there[newest:]:
-                    shutil.rmtree(old)
+                    _remove(old)
 
         self._agree(complete_it, target)
 
@@ -134,17 +134,34 @@ class Checkpoints:
             act()
         except Exception as error:  # safetensors has errors of its own for a full disk
             failed = str(error) or repr(error)
-        words = [(rank, words) for rank, words in enumerate(gather_objects(failed)) if words is not None]
+        free = shutil.disk_usage(_existing(self.folder)).free >> 20 if failed else 0
+        told = enumerate(gather_objects((failed, free)))
+        words = [(rank, words, free) for rank, (words, free) in told if words is not None]
         if words:
-            free = shutil.disk_usage(_existing(self.folder)).free >> 20
+            if dist.get_rank() == 0:  # what is half written takes the room that is wanted
+                shutil.rmtree(_aside(target), ignore_errors=True)
+            rank, why, free = words[0]
             raise OSError(
-                f"checkpoint {target} cannot be written ({free} MB are free there), rank {words[0][0]}: "
-                f"{words[0][1]}. The checkpoint before it is intact; make room and go on with --resume"
+                f"checkpoint {target} cannot be written ({free} MB are free there), rank {rank}: "
+                f"{why}. The checkpoint before it is intact; make room and go on with --resume"
             )
 
 
 def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
+
+
+def _aside(target: Path) -> Path:
+    """Where a checkpoint is written."""
+    return target.with_name(f".{target.name}.part")
+
+
+def _remove(old: Path) -> None:
+    """A run does not end because an old checkpoint stays."""
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        warn(f"{old} is not needed any more and cannot be removed: {error}")
 
 
 def _make_room(part: Path) -> None:
@@ -275,7 +292,11 @@ def damage(path: Path) -> str | None:
     for name, told in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if fingerprint(path / name) != told:
+        try:
+            found = fingerprint(path / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        if found != told:
             return f"{name} was altered or cut off"
     return None
 
@@ -283,7 +304,7 @@ def damage(path: Path) -> str | None:
 class Saved:
     """The tensors of a checkpoint, each read when it is asked for.
 
-    Nothing is checked before `check` is called.
+    Nothing is checked before `check` is called. Its files stay open until `close`.
     """
 
     def __init__(self, path: Path):
@@ -293,6 +314,10 @@ class Saved:
         self.step = int(self.manifest["step"])
         self.files = [safe_open(path / name, framework="pt") for name in sorted(self.manifest["files"])]
         self.home = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 - no dict
+
+    def close(self) -> None:
+        """What is open cannot be removed everywhere (NFS)."""
+        self.files, self.home = [], {}
 
     @property
     def names(self) -> set[str]:
@@ -308,14 +333,15 @@ class Saved:
         if missing or unknown:
             raise ValueError(
                 f"{self.path} is of another model: it lacks {missing[:3] or 'nothing'}, and holds "
-                f"{unknown[:3] or 'nothing'} too much"
+                f"{unknown[:3] or 'nothing'} too much; set `model` back, or choose run=FOLDER"
             )
-        for name in self.names:
+        for name in sorted(self.names):
             shape = tuple(self.home[f"{WEIGHT}/{name}"].get_slice(f"{WEIGHT}/{name}").get_shape())
             wanted = tuple(getattr(named[name], "ds_shape", named[name].shape))
             if shape != wanted:
                 raise ValueError(
-                    f"{self.path} is of another model: {name} is {list(shape)}, not {list(wanted)}"
+                    f"{self.path} is of another model: {name} is {list(shape)}, not {list(wanted)}; put what "
+                    "model.language and model.vision name back, or choose run=FOLDER"
                 )
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -133,7 +134,8 @@ class RunConfig(Section):
     watchdog_seconds: float = Field(
         1800.0,
         ge=0,
-        description="a step that takes longer: the ranks that hang are named, the run ends; 0: never",
+        description="a step that takes longer: the ranks that hang are named, the run ends; four times as "
+        "long for the first step, data, a checkpoint, an evaluation; 0: never",
     )
 
     def identity(self) -> dict[str, Any]:
@@ -239,6 +241,26 @@ class Recipe(RunConfig):
                 raise ValueError(
                     f"optimizer.lr_factors.{group}: nothing of that group is trained: {how}, or remove it"
                 )
+        if self.model.architecture.get("fusion") == "prefix":
+            between = [group for group in ("gates", "gated_blocks") if group in self.optimizer.lr_factors]
+            if between:
+                raise ValueError(f"optimizer.lr_factors.{between[0]}: fusion=prefix has none: remove it")
+        given = self.optimizer
+        if given.final_lr and given.schedule == "constant":
+            raise ValueError(
+                f"optimizer.final_lr={given.final_lr:g}: schedule=constant ends at lr itself: set another "
+                "schedule, or remove it"
+            )
+        if given.decay_share != type(given).model_fields["decay_share"].default and given.schedule != "wsd":
+            raise ValueError(
+                f"optimizer.decay_share={given.decay_share:g}: is of schedule=wsd, not {given.schedule}: "
+                "remove it"
+            )
+        starts = {part.part: part.start for part in self.unfreeze}
+        if len(starts) < len(self.unfreeze):
+            raise ValueError("unfreeze: a part stands there twice; name each once")
+        if starts.get("embeddings", -1) >= starts.get("language_model", math.inf):
+            raise ValueError("unfreeze: the embeddings are trained with the language_model: remove them")
         for part in self.unfreeze:
             if part.start >= self.steps:
                 raise ValueError(

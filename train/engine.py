@@ -78,11 +78,16 @@ DERIVED = {
     "scheduler": "optimizer.schedule",
     "fp16": "autocast",
     "bf16": "autocast",
+    "bfloat16": "autocast",
+    "amp": "autocast",
     "torch_autocast": "autocast",
     "activation_checkpointing": "activation_checkpointing",
     "zero_optimization.stage": "zero_stage",
     "zero_optimization.offload_optimizer": "offload",
     "zero_optimization.offload_param": "offload",
+    "zero_optimization.cpu_offload": "offload",
+    "zero_optimization.cpu_offload_params": "offload",
+    "zero_force_ds_cpu_optimizer": "optimizer (AdamW of torch)",
 }
 
 
@@ -132,10 +137,10 @@ def _merged(derived: dict[str, Any], raw: dict[str, Any], where: str = "") -> di
 
 
 class _Asked(dict):
-    """Remembers which keys it was asked for, also by copies."""
+    """Remembers which keys it was asked for, also by copies; so do the sections in it."""
 
     def __init__(self, fields: dict[str, Any]):
-        super().__init__(fields)
+        super().__init__({key: _Asked(v) if isinstance(v, dict) else v for key, v in fields.items()})
         self.keys_asked: set[str] = set()
 
     def __contains__(self, key: Any) -> bool:
@@ -149,6 +154,10 @@ class _Asked(dict):
     def get(self, key: str, default: Any = None) -> Any:
         self.keys_asked.add(key)
         return super().get(key, default)
+
+
+# Sections that DeepSpeed reads key by key; those of the others it checks itself.
+BY_KEY = ("aio", "checkpoint", "data_types", "flops_profiler")
 
 
 def check_section(recipe: Recipe, world: int) -> None:
@@ -165,10 +174,17 @@ def check_section(recipe: Recipe, world: int) -> None:
         raise ValueError(f"deepspeed: DeepSpeed cannot use {recipe.deepspeed}: {told}") from error
     except Exception as error:  # of its own, or of whatever it did with the value
         raise ValueError(f"deepspeed: DeepSpeed cannot use {recipe.deepspeed}: {error}") from error
-    for key in recipe.deepspeed:
+    _check_asked(read, recipe.deepspeed)
+    for section in BY_KEY:
+        if recipe.deepspeed.get(section):
+            _check_asked(read[section], recipe.deepspeed[section], f"{section}.")
+
+
+def _check_asked(read: _Asked, given: dict[str, Any], where: str = "") -> None:
+    for key in given:
         if key not in read.keys_asked:
             asked = sorted(map(str, read.keys_asked))
-            raise ValueError(f"deepspeed.{key}: DeepSpeed has no such key; {hint(key, asked)}")
+            raise ValueError(f"deepspeed.{where}{key}: DeepSpeed has no such key; {hint(key, asked)}")
 
 
 class Engine:
@@ -333,3 +349,10 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The same vector on every rank: the sum of all ranks' vectors."""
     torch.distributed.all_reduce(values)
     return values
+
+
+def most_over_ranks(value: float) -> float:
+    """The largest of all ranks' numbers."""
+    found = torch.tensor(value, dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return float(found)

@@ -17,7 +17,7 @@ from flamingo.train.metrics import writing
 from flamingo.train.opening import SharedError
 from flamingo.train.precision import LossScale
 
-KEPT = 3  # steps of a run whose batches are written
+KEPT = 3  # steps of a run whose batches are written, and that are told; of all others the keys are
 
 
 class NonFinite:
@@ -56,10 +56,10 @@ class NonFinite:
         self.row += 1
         self.skipped += 1
         here = [name for name, value in local.items() if not math.isfinite(value)]
-        if self.written < KEPT and (here or not bad):  # a bad gradient does not tell whose it is
+        if here or not bad:  # a bad gradient does not tell whose it is
             self.written += 1
             with writing(self.folder, step):
-                self._keep(step, here or list(batches), batches)
+                self._keep(step, here or list(batches), batches, tensors=self.written <= KEPT)
         what = f"the loss of {', '.join(bad)}" if bad else "the gradient"
         if self.row > self.limit:
             raise SharedError(
@@ -85,17 +85,19 @@ class NonFinite:
             )
         self.say(f"{self.skipped} of {self.steps} steps were left out: their loss or gradient was not finite")
 
-    def _keep(self, step: int, names: list[str], batches: StepBatches) -> None:
-        """The keys and the tensors of this rank's micro-batches."""
+    def _keep(self, step: int, names: list[str], batches: StepBatches, tensors: bool) -> None:
+        """The keys of this rank's micro-batches, and their tensors."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        keys, tensors = {}, {}
-        for name in names:
-            for number, batch in enumerate(batches.get(name, [])):
-                keys[f"{name}/{number}"] = batch.keys
-                for field, value in vars(batch).items():
-                    if isinstance(value, Tensor):
-                        tensors[f"{name}/{number}/{field}"] = value.to("cpu").contiguous()
+        parts = {f"{n}/{i}": batch for n in names for i, batch in enumerate(batches.get(n, []))}
+        keys = {part: batch.keys for part, batch in parts.items()}
         place = self.folder / f"step-{step:06d}-rank-{self.rank:05d}"
         place.with_suffix(".json").write_text(json.dumps({"step": step, "keys": keys}, indent=1) + "\n")
-        saved = {name: torch.atleast_1d(value) for name, value in tensors.items()}
+        if not tensors:
+            return
+        saved = {
+            f"{part}/{field}": torch.atleast_1d(value.to("cpu").contiguous())
+            for part, batch in parts.items()
+            for field, value in vars(batch).items()
+            if isinstance(value, Tensor)
+        }
         write_aside(place.with_suffix(".safetensors"), lambda part: save_file(saved, part))

@@ -112,4 +112,6 @@ def compile_parts(model: FlamingoForConditionalGeneration) -> None:
 def _to_float32(module: nn.Module) -> None:
     """Weights that are trained; buffers such as rotary frequencies stay as they are."""
     for parameter in module.parameters():
+        if (piece := getattr(parameter, "ds_tensor", None)) is not None:  # this rank's, under ZeRO-3
+            piece.data = piece.data.to(torch.float32)
         parameter.data = parameter.data.to(torch.float32)

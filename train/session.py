@@ -36,6 +36,7 @@ from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
 from flamingo.train.opening import (
+    SharedError,
     alike,
     begin,
     newest,
@@ -50,6 +51,7 @@ from flamingo.train.parts import boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
 from flamingo.train.stopping import Stopping, forget
 from flamingo.train.watchdog import Watchdog
+from flamingo.written import check_place
 
 # model, processor, folder of the run, rank, world size, steps done -> scores, on all ranks.
 Evaluate = Callable[
@@ -86,18 +88,25 @@ def _train(
     evaluate: Evaluate | None,
 ) -> None:
     with alike():  # a file that one node lacks ends all ranks, not that node's alone
+        if recipe.export:
+            check_place(recipe.run / "model")  # before it is trained
         if recipe.deepspeed:
             engine.check_section(recipe, world)
         model, processor = _load(recipe, world)
         cache = FeatureCache(model, recipe.feature_cache_gb, stored=_stored(recipe, model, processor))
         dataset = open_data(recipe, model, processor, cache, rank, world)
+    backbones = {
+        "model.vision": manifest.digest(model.vision_encoder),  # type: ignore[arg-type]
+        "model.language": manifest.digest(model.language_model),
+    }
     weights = {source.name: source.weight for source in recipe.sources}
     objective = Objective(model, weights, cache, dtype_of(recipe.autocast), recipe.z_loss)
     saved = newest(recipe, rank)
     start = saved.step if saved else 0
-    together(rank, lambda: begin(recipe))
+    together(rank, lambda: begin(recipe, start))
     shards = manifest.manifest(feed.stream for feed in dataset.feeds)
     together(rank, lambda: manifest.check(recipe.run, shards, accept))
+    together(rank, lambda: manifest.check_backbones(recipe.run, backbones))
     if rank == 0:
         forget(recipe.run)
     metrics = Metrics(
@@ -119,11 +128,13 @@ def _train(
     counts = _counts(model)
     del objective, cache, model, dataset, company
     gc.collect()  # the export makes the model anew: it need not be in memory twice
-    if rank == 0:
+
+    def end() -> None:
         if recipe.export:
             export_run(recipe.run, recipe.run / "model")
         _summary(recipe, counts, world, start, seconds)
-    torch.distributed.barrier()
+
+    together(rank, end)
 
 
 def _company(
@@ -186,6 +197,11 @@ def _phases(
         finally:
             wrapped.close()
         start, saved = stop, newest(recipe, dataset.rank)
+        if not saved or saved.step != stop:
+            raise SharedError(
+                f"the checkpoint of step {stop} was damaged right after it was written; is the disk sound? "
+                "--resume goes on from the one before"
+            )
 
 
 def _phase(recipe: Recipe, objective: Objective, world: int, saved: Saved | None) -> engine.Engine:
@@ -195,11 +211,13 @@ def _phase(recipe: Recipe, objective: Objective, world: int, saved: Saved | None
     objective.model.train()
     if saved:
         named = trained(objective)
-        saved.check(named, new_at(objective.model, recipe, step))
+        with alike():
+            saved.check(named, new_at(objective.model, recipe, step))
         saved.weights_into(named)
     wrapped = engine.Engine(objective, recipe, world, LossScale.of(recipe.autocast))
     if saved:
         saved.moments_into(wrapped)
+        saved.close()
     if recipe.compile:
         compile_parts(objective.model)
     return wrapped

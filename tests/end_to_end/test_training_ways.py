@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flamingo.train.checkpoint import Saved
 
@@ -70,3 +70,41 @@ def test_what_is_unfrozen_on_the_way_is_trained_from_there_and_resumed(world: Pa
     done = cli(*arguments, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == whole
+
+
+@pytest.mark.parametrize("part", ["language_model", pytest.param("embeddings", marks=pytest.mark.slow)])
+def test_what_is_unfrozen_in_half_precision_is_trained_in_pieces(world: Path, tmp_path: Path, cli, part):
+    """Loaded in bfloat16 and trained in float32, under ZeRO-3 as under ZeRO-1."""
+    found = []
+    for stage in (1, 3):
+        run = tmp_path / str(stage)
+        settings = (*COMMON, f"unfreeze=[{{part: {part}}}]", "steps=3", f"zero_stage={stage}", "export=false")
+        done = cli("train", world / "recipe.yaml", f"run={run}", *settings, "--processes", "2")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(losses(run))
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_other_weights_under_the_same_name_end_a_run_that_goes_on(trained: Path, world: Path, cli):
+    """Once, and before anything is trained; nor is a model begun whose place holds something else."""
+    weights = world / "language" / "model.safetensors"
+    held = weights.read_bytes()
+    try:
+        save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+        done = cli("train", world / "recipe.yaml", "--resume", "--processes", "2")
+    finally:
+        weights.write_bytes(held)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "model.language: the weights are not those" in line
+
+
+def test_a_place_for_the_model_that_holds_something_else_is_refused_before_training(world, tmp_path, cli):
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "notes.txt").write_text("mine")
+    done = cli("train", world / "recipe.yaml", f"run={run}", "--processes", "2")
+    assert done.returncode == 1 and not (run / "metrics.jsonl").exists()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert f"{run / 'model'} holds something other than a model" in line

@@ -118,13 +118,26 @@ def test_an_unfrozen_part_learns_and_no_other(build, ids, pixels, part):
     assert trained == {p for p in model.parameters() if p.requires_grad}
 
 
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
+
+
+def test_statistics_of_a_trained_encoder_stay_what_they_are(build, ids, pixels):
+    """Each rank would have its own, and no checkpoint has them."""
+    model = build()
+    model.unfreeze("vision_encoder")
+    before = step(model, ids, pixels)
+    buffers = {name for name, _ in model.named_buffers()} & before.keys()
+    assert any("running_mean" in name for name in buffers) and not changed(model, before) & buffers
+    assert any("vision_encoder" in name for name in changed(model, before))
+
+
 def test_unfrozen_parts_follow_train_and_eval_and_the_others_do_not(build):
     model = build()
     model.unfreeze("vision_encoder")
     assert model.train().vision_encoder.training and not model.language_model.training
     assert not model.eval().vision_encoder.training
     model.unfreeze("language_model")
-    assert all(module.training for module in model.train().modules())
+    assert all(module.training for module in model.train().modules() if not isinstance(module, BATCH_NORM))
     model.freeze()
     assert not any(m.training for p in (model.vision_encoder, model.language_model) for m in p.modules())
     assert set(model.trained_modules()) == {"resampler", "gated_blocks", "added_tokens"}

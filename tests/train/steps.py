@@ -155,8 +155,8 @@ def steps_of_all(settings: list[dict[str, Any]], steps: int) -> list[Any]:
     return found
 
 
-def broken(folder: str, fields: dict[str, Any], steps: int, cut: int, background: bool = False) -> Any:
-    """(losses, weights) of an unbroken run, and of one that goes on from a checkpoint at `cut`."""
+def unbroken(folder: str, fields: dict[str, Any], steps: int, cut: int, background: bool = False) -> Any:
+    """(losses, weights) of a run that leaves a checkpoint at `cut`."""
     given = recipe(**fields)
     engine = engine_of(given)
     checkpoints = Checkpoints(Path(folder), given.identity(), background=background)
@@ -168,7 +168,7 @@ def broken(folder: str, fields: dict[str, Any], steps: int, cut: int, background
     checkpoints.finish()
     whole = losses, weights(engine)
     engine.close()
-    return whole, going_on(folder, fields, steps)
+    return whole
 
 
 def going_on(folder: str, fields: dict[str, Any], steps: int, save: bool = False) -> Any:
@@ -186,11 +186,15 @@ def going_on(folder: str, fields: dict[str, Any], steps: int, save: bool = False
     return found
 
 
-def all_broken(folder: str, settings: list[dict[str, Any]], steps: int, cut: int) -> list[Any]:
+def all_unbroken(folder: str, settings: list[dict[str, Any]], steps: int, cut: int) -> list[Any]:
     return [
-        broken(f"{folder}/{number}", fields, steps, cut, background=bool(number % 2))
+        unbroken(f"{folder}/{number}", fields, steps, cut, background=bool(number % 2))
         for number, fields in enumerate(settings)
     ]
+
+
+def all_going_on(folder: str, settings: list[dict[str, Any]], steps: int) -> list[Any]:
+    return [going_on(f"{folder}/{number}", fields, steps) for number, fields in enumerate(settings)]
 
 
 def to_the_end(folder: str, steps: int, every: int) -> dict[str, torch.Tensor]:

@@ -161,3 +161,26 @@ def test_what_a_user_laid_beside_checkpoints_is_none(tmp_path):
     (tmp_path / "step-000001.bak").mkdir()
     (tmp_path / "step-last").mkdir()
     assert checkpoint.complete(tmp_path) == [good] and checkpoint.newest(tmp_path, IDENTITY) == good
+
+
+def test_a_file_that_cannot_be_read_is_damage_too(tmp_path, monkeypatch):
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+
+    def reading(path: Path) -> str:
+        if path.parent == bad:
+            raise OSError(5, "Input/output error")
+        return fingerprint(path)
+
+    monkeypatch.setattr(checkpoint, "fingerprint", reading)
+    warnings: list[str] = []
+    assert checkpoint.newest(tmp_path, IDENTITY, warnings.append) == good
+    assert "step-000002" in warnings[0] and "cannot be read ([Errno 5]" in warnings[0]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    def removing(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", removing)
+    checkpoint._remove(tmp_path / "step-000001")
+    assert "step-000001 is not needed any more and cannot be removed: " in capsys.readouterr().err

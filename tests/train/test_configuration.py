@@ -25,6 +25,9 @@ def test_raw_settings_are_added_where_the_recipe_says_nothing():
         ({"bf16": {"enabled": True}}, "autocast"),
         ({"zero_optimization": {"stage": 3}}, "zero_stage"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload"),
+        ({"bfloat16": {"enabled": True}}, "autocast"),
+        ({"zero_optimization": {"cpu_offload": True}}, "offload"),
+        ({"zero_force_ds_cpu_optimizer": True}, "optimizer \\(AdamW of torch\\)"),
     ],
 )
 def test_what_the_recipe_says_in_its_own_words_is_refused_there(raw, setting):
@@ -37,6 +40,11 @@ def test_what_the_recipe_says_in_its_own_words_is_refused_there(raw, setting):
     [
         ({"zero_optimisation": {"stage": 2}}, "zero_optimisation: .* did you mean 'zero_optimization'"),
         ({"wall_clock_breakdwn": True}, "wall_clock_breakdwn: .* did you mean 'wall_clock_breakdown'"),
+        ({"aio": {"block_sz": 1}}, "aio.block_sz: .* did you mean 'block_size'"),
+        (
+            {"flops_profiler": {"profil_step": 3}},
+            "flops_profiler.profil_step: .* did you mean 'profile_step'",
+        ),
         ({"zero_optimization": 3}, "deepspeed.zero_optimization=3: is a section"),
         ({"zero_optimization": {"reduce_bucket": 1}}, "reduce_bucket"),
         ({"flops_profiler": 3}, "DeepSpeed cannot use"),
@@ -53,6 +61,7 @@ def test_a_key_that_deepspeed_does_not_know_is_refused(raw, message):
 
 def test_keys_that_deepspeed_knows_pass():
     known = {"wall_clock_breakdown": True, "comms_logger": {"enabled": True}, "aio": {"block_size": 4096}}
+    known |= {"flops_profiler": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}}
     zero = {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 0}
     check_section(recipe(zero_stage=3, deepspeed={**known, "zero_optimization": zero}), world=1)
 
@@ -74,6 +83,17 @@ def test_keys_that_deepspeed_knows_pass():
             "lr_factors.lora: nothing of that group is trained: set `lora`",
         ),
         ({"optimizer": {"lr_factors": {"vision_encoder": 2}}}, "unfreeze=.*part: vision_encoder"),
+        ({"optimizer": {"final_lr": 0.1}}, "final_lr=0.1: schedule=constant"),
+        ({"optimizer": {"decay_share": 0.2, "schedule": "cosine"}}, "decay_share=0.2: is of schedule=wsd"),
+        ({"unfreeze": [{"part": "embeddings"}, {"part": "embeddings", "start": 2}]}, "stands there twice"),
+        ({"unfreeze": [{"part": "language_model"}, {"part": "embeddings", "start": 2}]}, "with the language"),
+        (
+            {
+                "model": {"vision": "x", "language": "x", "architecture": {"fusion": "prefix"}},
+                "optimizer": {"lr_factors": {"gates": 2}},
+            },
+            "lr_factors.gates: fusion=prefix has none",
+        ),
         ({"unfreeze": [{"part": "embeddings", "start": 10}]}, "from step 10 on, but the run has steps=10"),
         ({"profile_steps": [3, 11]}, "profile_steps: 11 is none of the steps 1 to 10"),
     ],

@@ -123,3 +123,14 @@ def test_a_run_without_such_steps_says_nothing(tmp_path):
         watch, said = noted(tmp_path, losses)
         watch.end(start=0)
         assert not said
+
+
+def test_the_samples_of_every_step_that_is_left_out_are_named_and_the_batches_of_the_first_kept(tmp_path):
+    noted(tmp_path, [math.nan] * 5)
+    kept = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
+    assert [name for name in kept if name.endswith(".safetensors")] == [
+        f"step-{step:06d}-rank-00000.safetensors" for step in (1, 2, 3)
+    ]
+    for step in range(1, 6):
+        named = json.loads((tmp_path / "nonfinite" / f"step-{step:06d}-rank-00000.json").read_text())
+        assert named == {"step": step, "keys": {"x/0": ["a"]}}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from flamingo.train.manifest import check
+from flamingo.train.manifest import check, check_backbones, digest
 
 BEFORE = {"captions": {"a.tar": "1", "b.tar": "2"}}
 CHANGES = {
@@ -41,3 +43,26 @@ def test_many_changes_are_counted(tmp_path):
     check(tmp_path, {"s": {}}, accept=False)
     with pytest.raises(ValueError, match="and 15 more"):
         check(tmp_path, {"s": {str(n): "x" for n in range(20)}}, accept=False)
+
+
+def test_a_run_goes_on_only_with_the_weights_that_it_began_with(tmp_path):
+    """Of the same shapes and names, under the same path."""
+    torch.manual_seed(0)
+    one, other = (nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2, bias=False)) for _ in range(2))
+    now = {"model.vision": digest(one), "model.language": digest(one)}
+    check_backbones(tmp_path, now)
+    check_backbones(tmp_path, {name: digest(one) for name in now})
+    with pytest.raises(
+        ValueError, match=r"model\.language: the weights are not those .* began with.*run=FOLDER"
+    ):
+        check_backbones(tmp_path, {**now, "model.language": digest(other)})
+
+
+def test_a_digest_is_of_all_tensors_and_of_no_adapter():
+    module = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2, bias=False))
+    before = digest(module)
+    module.lora_a = nn.Linear(2, 2)
+    assert digest(module) == before
+    with torch.no_grad():
+        module[1].weight += 1
+    assert digest(module) != before

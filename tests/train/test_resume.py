@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.train.ranks import in_ranks
-from tests.train.steps import all_broken, going_on
+from tests.train.steps import all_going_on, all_unbroken, going_on
 
 SETTINGS = [
     {"zero_stage": stage, "autocast": autocast, "optimizer": {"lr": 1e-2, "warmup_steps": 0}}
@@ -27,9 +27,13 @@ def compare(whole, again) -> None:
 
 @pytest.mark.parametrize("steps", [6, pytest.param(53, marks=pytest.mark.slow)])
 def test_the_steps_after_a_checkpoint_are_bitwise_those_of_the_unbroken_run(tmp_path, steps):
-    """Every stage, fp32 and bf16; every second one is written in the background."""
-    for found in in_ranks(2, tmp_path / "out", all_broken, str(tmp_path / "runs"), SETTINGS, steps, 3):
-        for whole, again in found:
+    """In new processes; every stage, fp32 and bf16; every second one is written in the background."""
+    runs = str(tmp_path / "runs")
+    unbroken = in_ranks(2, tmp_path / "unbroken", all_unbroken, runs, SETTINGS, steps, 3)
+    resumed = in_ranks(2, tmp_path / "going-on", all_going_on, runs, SETTINGS, steps)
+    for rank in range(2):
+        for whole, again in zip(unbroken[rank], resumed[rank], strict=True):
+            assert len(whole[0]) == steps and len(again[0]) == steps - 3
             compare(whole, again)
 
 

@@ -31,6 +31,27 @@ def test_every_way_to_train_takes_about_the_same_steps(tmp_path):
         assert losses == pytest.approx(plain, rel=2e-2 if half else 1e-5), setting
 
 
+def test_gradients_are_clipped_once_and_groups_have_their_learning_rates(tmp_path):
+    """Adam's first step moves a weight by its learning rate, whatever the size of its gradient."""
+    optimizer = {
+        "lr": 1e-3,
+        "warmup_steps": 0,
+        "weight_decay": 0,
+        "clip": 0.01,
+        "lr_factors": {"resampler": 0.25, "embeddings": 3},
+    }
+    settings = [
+        {"optimizer": optimizer, "zero_stage": stage, "accumulation": accumulation}
+        for stage, accumulation in ((0, 1), (0, 2), (1, 1), (2, 3), (3, 1))
+    ]
+    for found in in_ranks(2, tmp_path, ways.clipped_of_all, settings)[0]:
+        assert found["norm"] > 0.1
+        assert found["given"] == pytest.approx(0.01, rel=1e-3)
+        assert found["moved"] == pytest.approx(
+            {"blocks": 1e-3, "resampler": 0.25e-3, "added_tokens": 3e-3}, rel=1e-2
+        )
+
+
 def test_float16_finds_its_loss_scale_and_learns(tmp_path):
     settings = [{**SGD, "autocast": "float16", "zero_stage": stage} for stage in (0, 2)]
     one, two = in_ranks(2, tmp_path, ways.losses_of_all, settings, 10)[0]
@@ -86,9 +107,10 @@ def test_under_zero_3_the_language_model_never_exists_whole_on_a_rank(tmp_path, 
 def test_a_write_that_fails_leaves_the_checkpoint_before_and_tells_all_ranks(tmp_path):
     one, two = in_ranks(2, tmp_path / "out", ways.writes_that_fail, str(tmp_path))
     assert len(one) == len(ways.FAILURES)
-    for (what, message, newest), (_, other, _) in zip(one, two, strict=True):
+    for (what, message, newest, left), (_, other, _, _) in zip(one, two, strict=True):
         assert "step-000002 cannot be written" in message and "rank 0" in message, what
         assert message == other and newest == "step-000001", what
+        assert left == ["step-000001"] or what == "folder's fsync", what  # then it had its name already
 
 
 def test_a_background_checkpoint_is_there_as_soon_as_it_is_written_and_damaged_ones_are_not_kept(tmp_path):
