@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from flamingo.names import hint
 from flamingo.train import group
@@ -39,6 +40,9 @@ def join_group(hang_seconds: float = 0.0) -> tuple[int, int]:
 
     me = group.member(os.environ)
     group.announce(me, os.environ)
+    timeout = timedelta(seconds=4 * hang_seconds + 600) if hang_seconds else timedelta(days=7)
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    group.check_alike(me, torch.cuda.is_available(), store)
     if torch.cuda.is_available():
         group.check_device(me, torch.cuda.device_count())
         torch.cuda.set_device(me.local_rank)
@@ -46,12 +50,11 @@ def join_group(hang_seconds: float = 0.0) -> tuple[int, int]:
         # On a CPU, DeepSpeed compiles a shared-memory op that training never calls: that would
         # need a compiler, and half a minute at the first start.
         deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    deepspeed.init_distributed(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=4 * hang_seconds + 600) if hang_seconds else timedelta(days=7),
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(
+        backend, timeout=timeout, store=store, rank=me.rank, world_size=me.world
     )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

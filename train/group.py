@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import itertools
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out to clients (32768 on)
+NAMED = 5  # ranks that a message names
 
 Environment = Mapping[str, str]
+
+
+class SharedError(ValueError):
+    """All ranks fail with the same words, so one of them says it."""
 
 
 class Member(NamedTuple):
@@ -75,6 +81,24 @@ def check_device(found: Member, gpus: int) -> None:
             f"(from {found.launcher}). Start one process per GPU, and let each see all GPUs of its machine: "
             "CUDA_VISIBLE_DEVICES unset, and under Slurm --gpus-per-node instead of --gpus-per-task"
         )
+
+
+def check_alike(found: Member, gpu: bool, store: Any) -> None:
+    """All ranks must see a GPU, or none: they would seek each other in different ways, for hours.
+
+    gpu: whether this process sees one; store: where the ranks meet. Raises SharedError, on all ranks.
+    """
+    store.set(f"gpu/{found.rank}", f"{int(gpu)} {socket.gethostname()}")
+    if found.rank == 0:
+        told = [store.get(f"gpu/{rank}").decode().split(" ", 1) for rank in range(found.world)]
+        blind = [f"{rank} ({host})" for rank, (sees, host) in enumerate(told) if sees == "0"]
+        more = f" and {len(blind) - NAMED} more" if len(blind) > NAMED else ""
+        fault = f"ranks that see no GPU, while others do: {', '.join(blind[:NAMED])}{more}. Is the driver "
+        fault += "there sound (nvidia-smi), and CUDA_VISIBLE_DEVICES alike? A run is on GPUs or on CPUs"
+        store.set("gpu/verdict", fault if 0 < len(blind) < found.world else "alike")
+    verdict = store.get("gpu/verdict").decode()
+    if verdict != "alike":
+        raise SharedError(verdict)
 
 
 def restarted(environ: Environment) -> bool:

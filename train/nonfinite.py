@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flamingo.data.steps import StepBatches
 from flamingo.data.writing import write_aside
+from flamingo.train.group import SharedError
 from flamingo.train.metrics import writing
-from flamingo.train.opening import SharedError
 from flamingo.train.precision import LossScale
 
 KEPT = 3  # steps of a run whose batches are written, and that are told; of all others the keys are

@@ -18,16 +18,13 @@ from flamingo.runtime import arithmetic, short_attention, tune_cpu
 from flamingo.train import checkpoint, engine, group, trackers
 from flamingo.train.checkpoint import Saved
 from flamingo.train.config import RECIPE, Recipe, RunConfig
+from flamingo.train.group import SharedError
 from flamingo.train.lock import RunLock
 from flamingo.train.stopping import Stopping
 
 SUMMARY = "train.json"  # in the folder of a run
 CHANGES = "changes.jsonl"  # beside it: settings with which it went on, where they are not the recipe's
 LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
-
-
-class SharedError(ValueError):
-    """All ranks fail with the same words, so one of them says it."""
 
 
 @contextmanager

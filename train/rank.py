@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace, act: Act) -> int:
     quiet_libraries()
     from flamingo.data.errors import TooManyBadSamples
     from flamingo.train import group
-    from flamingo.train.opening import SharedError
+    from flamingo.train.group import SharedError
     from flamingo.train.stopping import Stopped, Stopping, status
 
     rank = 0

@@ -31,12 +31,12 @@ from flamingo.train.export import assemble, export_run
 from flamingo.train.faults import Faults
 from flamingo.train.features import FeatureCache
 from flamingo.train.flops import measured_peak
+from flamingo.train.group import SharedError
 from flamingo.train.loop import Company, Trainer
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
 from flamingo.train.opening import (
-    SharedError,
     alike,
     begin,
     newest,

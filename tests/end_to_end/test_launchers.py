@@ -59,6 +59,45 @@ def test_two_nodes_of_torchrun_start_it(job, tmp_path, trained):
     same(tmp_path / "run", trained)
 
 
+PDSH = """\
+#!/bin/bash
+# The command in a shell for each host, all of them this one; %n is a host's number.
+while [[ $1 == -* ]]; do
+    case $1 in -w) hosts=$2; shift 2 ;; -f) shift 2 ;; *) shift ;; esac
+done
+number=0 pids=() highest=0
+for host in ${hosts//,/ }; do
+    echo "$host" >>"$0.hosts"
+    command=$*
+    bash -c "${command//%n/$number}" &
+    pids+=($!)
+    number=$((number + 1))
+done
+for pid in "${pids[@]}"; do
+    wait "$pid"; status=$?
+    ((status > highest)) && highest=$status
+done
+exit "$highest"
+"""
+
+
+@pytest.mark.slow
+def test_a_hostfile_starts_it_on_its_nodes(job, tmp_path, trained):
+    """DeepSpeed reaches them by ssh and pdsh, of which there are stubs."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("pdsh", PDSH), ("ssh", "#!/bin/bash\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    where = ["--hostfile", str(tmp_path / "hostfile"), "--master_addr", "127.0.0.1"]
+    port = ["--master_port", str(free_port())]
+    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    finish(start([*DEEPSPEED, *where, *port, "--module", *job, "optimizer.betas=[0.9, 0.999]"], env))
+    assert (programs / "pdsh.hosts").read_text().split()[:2] == ["node-a", "node-b"]
+    same(tmp_path / "run", trained)
+
+
 @pytest.mark.slow
 def test_two_nodes_of_deepspeed_start_it_each_by_hand(job, tmp_path, trained):
     hosts = tmp_path / "hostfile"

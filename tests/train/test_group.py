@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+from unittest import mock
 
-from flamingo.train.group import Member, announce, check_device, hosts, member, restarted
+import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from flamingo.train.group import (
+    Member,
+    SharedError,
+    announce,
+    check_alike,
+    check_device,
+    hosts,
+    member,
+    restarted,
+)
+from tests.train.ranks import free_port
 
 TORCHRUN = {
     "RANK": "5",
@@ -147,3 +165,51 @@ def test_a_list_of_nodes_is_written_out(nodes, expected):
 def test_what_is_no_list_of_nodes_is_refused(nodes):
     with pytest.raises(ValueError):
         hosts(nodes)
+
+
+def told(sees: Sequence[bool]) -> list[str]:
+    """What ranks say that see a GPU or none."""
+    store = HashStore()
+
+    def one(rank: int) -> str:
+        try:
+            check_alike(Member(rank, 0, len(sees), "", 0, "torchrun"), sees[rank], store)
+        except SharedError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(sees)) as pool:
+        return list(pool.map(one, range(len(sees))))
+
+
+def test_a_rank_without_a_gpu_among_others_is_named_by_all():
+    assert told([True] * 3) == told([False] * 3) == [""] * 3
+    (said,) = set(told([True, True, False, True]))
+    assert said.startswith("ranks that see no GPU, while others do: 2 (") and "nvidia-smi" in said
+    (said,) = set(told([False] * 9 + [True]))
+    assert said.count("(") == 5 + 1 and " and 4 more" in said
+
+
+def join(rank: int, port: int, answers: Queue) -> None:
+    from flamingo.train import engine
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with mock.patch("torch.cuda.is_available", return_value=rank == 1):
+        try:
+            engine.join_group(60)
+        except ValueError as error:
+            answers.put(str(error))
+
+
+def test_ranks_that_cannot_meet_end_before_they_wait_for_each_other():
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    answers = fork.Queue()
+    ranks = [fork.Process(target=join, args=(rank, port, answers)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    (said,) = {answers.get(timeout=60) for _ in ranks}
+    assert "see no GPU, while others do: 0 (" in said
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0

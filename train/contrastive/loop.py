@@ -23,9 +23,9 @@ from flamingo.train.contrastive.loss import Contrastive
 from flamingo.train.engine import sum_over_ranks
 from flamingo.train.faults import Faults
 from flamingo.train.gauges import derived, memory_gb
+from flamingo.train.group import SharedError
 from flamingo.train.metrics import Metrics
 from flamingo.train.moments import Moments
-from flamingo.train.opening import SharedError
 from flamingo.train.optim import learning_rate
 from flamingo.train.precision import LossScale
 from flamingo.train.stopping import Stopped, Stopping, answer
