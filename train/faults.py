@@ -9,6 +9,7 @@ from pathlib import Path
 from flamingo.data.errors import Skipped
 from flamingo.data.writing import write_text
 from flamingo.train.engine import gather_objects
+from flamingo.train.group import SharedError
 from flamingo.train.metrics import writing
 
 SHOWN = 8  # bad samples that the last message lists
@@ -27,7 +28,7 @@ class Faults:
     def note(self, step: int, skipped: list[Skipped]) -> dict[str, int]:
         """What this rank skipped at a step (all ranks call) -> how many of each fault, over all ranks.
 
-        Raises ValueError on all ranks once there are more than `limit`.
+        Raises SharedError on all ranks once there are more than `limit`.
         """
         every = [bad for part in gather_objects(skipped) for bad in part]
         if self.writes and every:
@@ -36,7 +37,7 @@ class Faults:
         self.keys.update(bad.key for bad in every)
         if len(self.keys) > self.limit:
             last = "\n".join(f"  {bad.key}: {bad.fault}: {bad.detail}" for bad in every[-SHOWN:])
-            raise ValueError(
+            raise SharedError(
                 f"{len(self.keys)} bad samples by step {step}, max_bad_samples={self.limit}: "
                 "`flamingo data verify` finds and repairs them, or raise the limit. "
                 f"{self.path} lists all; the last:\n{last}"

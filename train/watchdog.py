@@ -151,8 +151,8 @@ class Watchdog:
         with (self.run / f"watchdog-rank{self.rank}.txt").open("w") as file:
             file.write(
                 f"rank {self.rank} of {self.world}, host {socket.gethostname()}, process {os.getpid()}\n"
-                f"step {beat.step}, {beat.phase}: no beat for {age:.1f} s "
-                f"({self._allowed(beat)})\n\n"
+                f"step {beat.step}, {beat.phase}: no beat for {age:.1f} s, more than "
+                f"{self._allowed(beat)}\n\n"
             )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
