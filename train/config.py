@@ -215,6 +215,7 @@ class Recipe(RunConfig):
         self._check_without_effect()
         self._check_zero()
         self._check_encoder()
+        self._check_embeddings()
         return self
 
     def settled(self, autocast: str, frozen_dtype: str) -> Recipe:
@@ -308,6 +309,15 @@ class Recipe(RunConfig):
             raise ValueError(
                 "unfreeze: vision_encoder with zero_stage=3: ranks encode different numbers of pictures, and "
                 "modules in pieces have to run equally often; set zero_stage to 2"
+            )
+
+    def _check_embeddings(self) -> None:
+        half = self.model.frozen_dtype not in ("auto", "float32")
+        if half and self.autocast == "float32" and any(part.part == "embeddings" for part in self.unfreeze):
+            raise ValueError(
+                "unfreeze: embeddings are trained in float32, which layers in "
+                f"model.frozen_dtype={self.model.frozen_dtype} cannot read without autocast: set "
+                "model.frozen_dtype to float32, or autocast to the same"
             )
 
 

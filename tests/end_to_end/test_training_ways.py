@@ -79,11 +79,13 @@ def test_what_is_unfrozen_in_half_precision_is_trained_in_pieces(world: Path, tm
     for stage in (1, 3):
         run = tmp_path / str(stage)
         settings = (*COMMON, f"unfreeze=[{{part: {part}}}]", "steps=3", f"zero_stage={stage}", "export=false")
+        if part == "embeddings":
+            settings += ("autocast=bfloat16",)
         done = cli("train", world / "recipe.yaml", f"run={run}", *settings, "--processes", "2")
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(losses(run))
     for one, other in zip(*found, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+        assert one == pytest.approx(other, rel=1e-4 if part == "language_model" else 1e-2)
 
 
 def test_other_weights_under_the_same_name_end_a_run_that_goes_on(trained: Path, world: Path, cli):

@@ -83,6 +83,13 @@ def test_keys_that_deepspeed_knows_pass():
             "lr_factors.lora: nothing of that group is trained: set `lora`",
         ),
         ({"optimizer": {"lr_factors": {"vision_encoder": 2}}}, "unfreeze=.*part: vision_encoder"),
+        (
+            {
+                "model": {"vision": "x", "language": "x", "frozen_dtype": "bfloat16"},
+                "unfreeze": [{"part": "embeddings"}],
+            },
+            "frozen_dtype=bfloat16 cannot read without autocast",
+        ),
         ({"optimizer": {"final_lr": 0.1}}, "final_lr=0.1: schedule=constant"),
         ({"optimizer": {"decay_share": 0.2, "schedule": "cosine"}}, "decay_share=0.2: is of schedule=wsd"),
         ({"unfreeze": [{"part": "embeddings"}, {"part": "embeddings", "start": 2}]}, "stands there twice"),
