@@ -213,6 +213,7 @@ class Recipe(RunConfig):
                 "raise it, lower max_tokens, or set it to 0 for one document a row"
             )
         self._check_without_effect()
+        self._check_optimizer()
         self._check_zero()
         self._check_encoder()
         self._check_embeddings()
@@ -235,6 +236,23 @@ class Recipe(RunConfig):
                 f"sources: none begins before step {first}, so the steps before would train on nothing: set "
                 "start of one source to 0"
             )
+        starts = {part.part: part.start for part in self.unfreeze}
+        if len(starts) < len(self.unfreeze):
+            raise ValueError("unfreeze: a part stands there twice; name each once")
+        if starts.get("embeddings", -1) >= starts.get("language_model", math.inf):
+            raise ValueError("unfreeze: the embeddings are trained with the language_model: remove them")
+        for part in self.unfreeze:
+            if part.start >= self.steps:
+                raise ValueError(
+                    f"unfreeze: {part.part} from step {part.start} on, but the run has steps={self.steps}: "
+                    "lower start, or raise steps"
+                )
+        if late := [step for step in self.profile_steps if not 1 <= step <= self.steps]:
+            raise ValueError(
+                f"profile_steps: {late[0]} is none of the steps 1 to {self.steps} of this run (steps)"
+            )
+
+    def _check_optimizer(self) -> None:
         trained = {part.part for part in self.unfreeze} | ({"lora"} if self.lora else set())
         for group in self.optimizer.lr_factors:
             if group in ("lora", "language_model", "vision_encoder") and group not in trained:
@@ -256,21 +274,6 @@ class Recipe(RunConfig):
             raise ValueError(
                 f"optimizer.decay_share={given.decay_share:g}: is of schedule=wsd, not {given.schedule}: "
                 "remove it"
-            )
-        starts = {part.part: part.start for part in self.unfreeze}
-        if len(starts) < len(self.unfreeze):
-            raise ValueError("unfreeze: a part stands there twice; name each once")
-        if starts.get("embeddings", -1) >= starts.get("language_model", math.inf):
-            raise ValueError("unfreeze: the embeddings are trained with the language_model: remove them")
-        for part in self.unfreeze:
-            if part.start >= self.steps:
-                raise ValueError(
-                    f"unfreeze: {part.part} from step {part.start} on, but the run has steps={self.steps}: "
-                    "lower start, or raise steps"
-                )
-        if late := [step for step in self.profile_steps if not 1 <= step <= self.steps]:
-            raise ValueError(
-                f"profile_steps: {late[0]} is none of the steps 1 to {self.steps} of this run (steps)"
             )
 
     def _check_zero(self) -> None:

@@ -38,24 +38,33 @@ def join_group(hang_seconds: float = 0.0) -> tuple[int, int]:
     """
     import deepspeed
 
+    timeout = timedelta(seconds=4 * hang_seconds + 600) if hang_seconds else timedelta(days=7)
+    if not torch.distributed.is_initialized():
+        _meet(timeout)
+    if not torch.cuda.is_available():
+        # On a CPU, DeepSpeed compiles a shared-memory op that training never calls: that would
+        # need a compiler, and half a minute at the first start.
+        deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+    deepspeed.init_distributed(_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _meet(timeout: timedelta) -> None:
+    """The ranks find each other, and that their devices are of one kind, before they wait in collectives."""
     me = group.member(os.environ)
     group.announce(me, os.environ)
-    timeout = timedelta(seconds=4 * hang_seconds + 600) if hang_seconds else timedelta(days=7)
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     group.check_alike(me, torch.cuda.is_available(), store)
     if torch.cuda.is_available():
         group.check_device(me, torch.cuda.device_count())
         torch.cuda.set_device(me.local_rank)
-    else:
-        # On a CPU, DeepSpeed compiles a shared-memory op that training never calls: that would
-        # need a compiler, and half a minute at the first start.
-        deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(
-        backend, timeout=timeout, store=store, rank=me.rank, world_size=me.world
+        _backend(), timeout=timeout, store=store, rank=me.rank, world_size=me.world
     )
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def leave_group() -> None:
