@@ -176,7 +176,7 @@ def figures(run: Run) -> dict[str, Any]:
         "folder": str(run.path),
         "finished": run.finished,
         "last_step": run.last,
-        "seconds_of_steps": _seconds(run.records),
+        "seconds_of_steps": report.step_seconds(run.records),
         "worth": worth(found),
         "gate_attention": _last(run.records, "gate_attention"),
         "gate_feed_forward": _last(run.records, "gate_feed_forward"),
@@ -186,13 +186,6 @@ def figures(run: Run) -> dict[str, Any]:
         "skipped_steps": sum(1 for record in run.records if record.get("step_skipped")),
         "notes": run.notes,
     }
-
-
-def _seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Of all steps; None where not every step is recorded (`log_every`)."""
-    if len(records) < records[-1]["step"]:
-        return None
-    return round(sum(record["seconds"] for record in records), 1)
 
 
 def worth(found: Mapping[str, Any]) -> dict[str, float]:

@@ -196,7 +196,7 @@ def figures(
         **{key: train.get(key) for key in ("resumed_at", "ranks", "device")},
         **{key: train.get(key) for key in ("trained_parameters", "frozen_parameters")},
         **_final_losses(records),
-        "step_seconds": _step_seconds(records, train),
+        "step_seconds": step_seconds(records, train.get("resumed_at") or 0),
         "skipped": sum(record.get("skipped", 0) for record in records),
         "versions": _versions(),
     }
@@ -236,9 +236,8 @@ def _throughput(records: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _step_seconds(records: list[dict[str, Any]], train: dict[str, Any]) -> float | None:
-    """Seconds of the steps that train_seconds counts; None where not every step is recorded."""
-    since = train.get("resumed_at") or 0
+def step_seconds(records: list[dict[str, Any]], since: int = 0) -> float | None:
+    """Seconds of the steps after `since`; None where not every step is recorded (`log_every`)."""
     counted = [record["seconds"] for record in records if record["step"] > since]
     return round(sum(counted), 1) if len(counted) == records[-1]["step"] - since else None
 

@@ -36,7 +36,6 @@ def run(arguments: argparse.Namespace, act: Act) -> int:
     quiet_libraries()
     from flamingo.data.errors import TooManyBadSamples
     from flamingo.train import group
-    from flamingo.train.group import SharedError
     from flamingo.train.stopping import Stopped, Stopping, status
 
     rank = 0
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace, act: Act) -> int:
             print(why, file=sys.stderr, flush=True)
         return status()
     except (ValueError, OSError, TooManyBadSamples) as error:
-        if rank == 0 or not isinstance(error, SharedError):
+        if rank == 0 or not isinstance(error, group.SharedError):
             print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import logging
 import os
@@ -27,10 +28,11 @@ from flamingo.train.features import FeatureCache
 from flamingo.train.objective import Objective
 from flamingo.train.optim import adamw
 from flamingo.train.parts import add_adapters, unfreeze
-from flamingo.train.plan import Option, _stages, plan, recommend
+from flamingo.train.plan import GIB, Option, _stages, plan, recommend
 from flamingo.train.planning.assembly import assemble, bytes_of, configuration, parameters
 from flamingo.train.planning.batches import micro_batch
 from flamingo.train.planning.memory import Batchwise, States, Tracer, states
+from flamingo.train.planning.show import show
 from tests.train.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +189,16 @@ def test_a_micro_batch_twice_as_large_keeps_about_twice_as_much(folder):
     whole, half = tracer.run(1), tracer.run(2)
     assert 1.7 < whole.activations / half.activations < 2.0  # weights in half precision stay one
     assert tracer.run(1) == whole  # nothing is left over of a run
+
+
+def test_what_is_moved_to_the_cpu_has_a_column_where_anything_is(folder):
+    for fields, there in (({}, False), ({"zero_stage": 1, "offload": "optimizer"}, True)):
+        made = plan(recipe_for(folder, **fields), gpus=2, gpu_memory=80, peak=100)
+        show(made, told := io.StringIO())
+        assert ("on the CPU" in told.getvalue()) is there
+        row = next(line for line in told.getvalue().splitlines() if "<- recommended" in line)
+        best = made.recommended
+        assert best and (f" {best.states.host / GIB:.2f} " in row.partition("<-")[0][-12:]) is there
 
 
 def test_a_large_language_model_is_no_part_of_the_first_micro_batch(tmp_path):

@@ -87,6 +87,7 @@ class Trained:
         saved.check(everything.named)
         saved.weights_into(everything.named)
         saved.moments_into(Held(self.named, self.moments))
+        saved.close()
 
     def features(self, batch: PairBatch) -> dict[str, Tensor]:
         with self._arithmetic():

@@ -69,7 +69,7 @@ def show(plan: Plan, file: TextIO | None = None) -> None:
 def _table(plan: Plan, terminal: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
     host = any(option.states.host for option in plan.options)  # with `offload`
-    for name in (*COLUMNS, *(["in the CPU's"] if host else []), ""):
+    for name in (*COLUMNS, *(["on the CPU"] if host else []), ""):
         table.add_column(name, justify="right", no_wrap=not terminal)
     for option in plan.options:
         best = option is plan.recommended
