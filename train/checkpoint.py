@@ -77,11 +77,11 @@ class Checkpoints:
         manifest |= {"loss_scale": engine.scale.state(), "ranks": dist.get_world_size()}
         self._step = step
         if self.background:
-            self._thread = Thread(target=self._quietly, args=(part, target, files, manifest))
+            self._thread = Thread(target=self._quietly, args=(part, files, manifest))
             self._thread.start()
         else:
             self._agree(lambda: _write(part, files), target)
-            self._complete(part, target, manifest)
+            self._complete(target, manifest)
 
     def poll(self) -> None:
         """Complete what all ranks have written in the background; nobody waits. Raises OSError as `save`."""
@@ -98,11 +98,10 @@ class Checkpoints:
         self._thread.join()
         self._thread = None
         target = self.folder / f"step-{self._step:06d}"
-        part = _aside(target)
         self._agree(self._told, target)
-        self._complete(part, target, self._manifest)
+        self._complete(target, self._manifest)
 
-    def _quietly(self, part: Path, target: Path, files: Parts, manifest: dict[str, Any]) -> None:
+    def _quietly(self, part: Path, files: Parts, manifest: dict[str, Any]) -> None:
         self._failed, self._manifest = None, manifest
         try:
             _write(part, files)
@@ -113,12 +112,12 @@ class Checkpoints:
         if self._failed is not None:
             raise OSError(self._failed)
 
-    def _complete(self, part: Path, target: Path, manifest: dict[str, Any]) -> None:
+    def _complete(self, target: Path, manifest: dict[str, Any]) -> None:
         """Rank 0: the manifest, the rename, and room for the next."""
 
         def complete_it() -> None:
             if dist.get_rank() == 0:
-                _rename(part, target, manifest)
+                _rename(_aside(target), target, manifest)
                 there = complete(self.folder)
                 newest = there.index(target) + 1
                 # Those of later steps are damaged ones, which this run went back behind.
