@@ -11,10 +11,13 @@ import itertools
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out to clients (32768 on)
 NAMED = 5  # ranks that a message names
+READ = timedelta(seconds=60)  # in which every rank has read why none goes on
 
 Environment = Mapping[str, str]
 
@@ -97,8 +100,14 @@ def check_alike(found: Member, gpu: bool, store: Any) -> None:
         fault += "there sound (nvidia-smi), and CUDA_VISIBLE_DEVICES alike? A run is on GPUs or on CPUs"
         store.set("gpu/verdict", fault if 0 < len(blind) < found.world else "alike")
     verdict = store.get("gpu/verdict").decode()
-    if verdict != "alike":
-        raise SharedError(verdict)
+    if verdict == "alike":
+        return
+    store.set(f"gpu/read/{found.rank}", "")
+    if found.rank == 0:
+        # The store ends with this rank's process: then others would read that a connection was closed.
+        with suppress(RuntimeError):  # one that died meanwhile will not read it
+            store.wait([f"gpu/read/{rank}" for rank in range(found.world)], READ)
+    raise SharedError(verdict)
 
 
 def restarted(environ: Environment) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
@@ -188,6 +189,29 @@ def test_a_rank_without_a_gpu_among_others_is_named_by_all():
     assert said.startswith("ranks that see no GPU, while others do: 2 (") and "nvidia-smi" in said
     (said,) = set(told([False] * 9 + [True]))
     assert said.count("(") == 5 + 1 and " and 4 more" in said
+
+
+def test_the_rank_that_holds_the_store_leaves_it_when_the_others_have_read_why():
+    """With rank 0's process the store ends: the others would read that a connection was closed."""
+    store, events = HashStore(), []
+
+    class Slow:
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+        def get(self, key: str) -> bytes:
+            time.sleep(0.5)
+            events.append("another has read")
+            return store.get(key)
+
+    def one(rank: int) -> None:
+        with pytest.raises(SharedError, match="see no GPU"):
+            check_alike(Member(rank, 0, 2, "", 0, "torchrun"), rank == 0, Slow() if rank else store)
+        events.extend(["rank 0 leaves"] * (rank == 0))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, range(2)))
+    assert events == ["another has read", "rank 0 leaves"]
 
 
 def join(rank: int, port: int, answers: Queue) -> None:
