@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"flamingo": "flamingo", "train": "flamingo.train", "eval": "flamingo.eval"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 75
-OWN_LIMITS = {"flamingo.train.loop.train_step": 50}  # a step of training is read at one glance
+# The loop of training is read on one screen, a step of it at one glance.
+OWN_LIMITS = {"flamingo.train.loop": 100, "flamingo.train.loop.train_step": 50}
 
 # A module may import those before its own line, in `flamingo.`; `vision` stands for its files.
 LAYERS = [
@@ -161,7 +162,7 @@ def cycle(modules: Mapping[str, str]) -> list[str]:
 def too_long(modules: Mapping[str, str]) -> list[str]:
     found = []
     for module, source in modules.items():
-        if (lines := len(source.splitlines())) > MAX_FILE_LINES:
+        if (lines := len(source.splitlines())) > OWN_LIMITS.get(module, MAX_FILE_LINES):
             found.append(f"{module}: {lines} lines")
         for node in ast.walk(parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

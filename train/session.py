@@ -26,13 +26,14 @@ from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import dtype_of
 from flamingo.train import engine, manifest
 from flamingo.train.checkpoint import Checkpoints, Saved
+from flamingo.train.company import FlamingoCompany
 from flamingo.train.config import Recipe
 from flamingo.train.export import assemble, export_run
 from flamingo.train.faults import Faults
 from flamingo.train.features import FeatureCache
 from flamingo.train.flops import measured_peak
 from flamingo.train.group import SharedError
-from flamingo.train.loop import Company, Trainer
+from flamingo.train.loop import Trainer
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
@@ -139,18 +140,20 @@ def _train(
 
 def _company(
     recipe: Recipe, metrics: Metrics, start: int, rank: int, world: int, stopping: Stopping
-) -> Company:
+) -> FlamingoCompany:
     peak = measured_peak(engine.device(), dtype_of(recipe.autocast))
     checkpoints = Checkpoints(
         recipe.run / "checkpoints", recipe.identity(), recipe.checkpoint_keep, recipe.checkpoint_background
     )
-    return Company(
+    return FlamingoCompany(
+        rank,
+        engine.device(),
         metrics,
         Faults(recipe.run, start, recipe.max_bad_samples, rank),
-        NonFinite(recipe.run, recipe.max_skipped_steps, rank, metrics.say),
         checkpoints,
         stopping,
         Watchdog(recipe.run, rank, world, recipe.watchdog_seconds),
+        NonFinite(recipe.run, recipe.max_skipped_steps, rank, metrics.say),
         float(engine.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=engine.device()))),
     )
 
@@ -180,7 +183,7 @@ def _phases(
     recipe: Recipe,
     objective: Objective,
     dataset: StepDataset,
-    company: Company,
+    company: FlamingoCompany,
     world: int,
     saved: Saved | None,
 ) -> None:

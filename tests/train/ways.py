@@ -82,9 +82,8 @@ def waits(seconds: float) -> list[dict[str, Any]]:
     trainer: Any = Trainer.__new__(Trainer)
     trainer.recipe = recipe(steps=2, blank_every=0, checkpoint_every=0)
     trainer.engine, trainer.dataset, trainer.company = mock.Mock(), mock.Mock(rank=rank), mock.Mock()
-    trainer.company.stopping.agreed.return_value = None
     trainer.train_step = lambda step, batches: {"step": step + 1}
-    trainer._report = lambda step, record, batches: told.append(record)
+    trainer.company.report = lambda recipe, record, batches: told.append(record)
     with mock.patch("flamingo.train.loop.step_loader", return_value=reading()):
         trainer.run(0, 2)
     return told

@@ -15,23 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flamingo.data.draws import draw
 from flamingo.data.steps import step_loader
-from flamingo.train.checkpoint import Checkpoints
+from flamingo.train.company import PATIENCE, Company
 from flamingo.train.contrastive.config import ContrastiveRecipe
 from flamingo.train.contrastive.data import PairBatch, Pairs
 from flamingo.train.contrastive.held_out import HeldOut
 from flamingo.train.contrastive.loss import Contrastive
 from flamingo.train.engine import sum_over_ranks
-from flamingo.train.faults import Faults
 from flamingo.train.gauges import derived, memory_gb
 from flamingo.train.group import SharedError
-from flamingo.train.metrics import Metrics
 from flamingo.train.moments import Moments
 from flamingo.train.optim import learning_rate
 from flamingo.train.precision import LossScale
-from flamingo.train.stopping import Stopped, Stopping, answer
-from flamingo.train.watchdog import Watchdog
 
-PATIENCE = 4.0  # times as long as usual: a first step, a checkpoint
 LARGEST_SCALE = math.log(100)  # of the logits: beyond it training became unstable (Radford et al. 2021, 2.5)
 
 
@@ -135,14 +130,9 @@ def groups(model: Any, decay: float) -> list[dict[str, Any]]:
 
 
 @dataclass
-class Company:
-    """What goes beside the steps, for the whole of a run."""
+class EncoderCompany(Company):
+    """What goes beside the steps."""
 
-    metrics: Metrics
-    faults: Faults
-    checkpoints: Checkpoints
-    stopping: Stopping
-    watchdog: Watchdog
     held_out: HeldOut | None
 
 
@@ -150,7 +140,12 @@ class Trainer:
     """Owns the number of consumed steps, which is all the state that the data has."""
 
     def __init__(
-        self, recipe: ContrastiveRecipe, trained: Trained, loss: Contrastive, pairs: Pairs, company: Company
+        self,
+        recipe: ContrastiveRecipe,
+        trained: Trained,
+        loss: Contrastive,
+        pairs: Pairs,
+        company: EncoderCompany,
     ):
         self.recipe, self.trained, self.loss, self.pairs, self.company = recipe, trained, loss, pairs, company
         self.scores: dict[str, float] = {}
@@ -160,7 +155,7 @@ class Trainer:
 
         Raises Stopped, after a checkpoint, when the run is asked to stop before.
         """
-        recipe, beat = self.recipe, self.company.watchdog.beat
+        recipe, company, beat = self.recipe, self.company, self.company.watchdog.beat
         loader = step_loader(self.pairs, start, recipe.steps, recipe.workers)
         self._mode(training=True)
         for step in range(start, recipe.steps):
@@ -173,8 +168,8 @@ class Trainer:
             record["seconds"] = round(time.monotonic() - began, 4)  # with the wait for the data
             record["data_seconds"] = round(waited, 4)
             self._report(step + 1, record, batch)
-            self._keep(step + 1)
-        self.company.checkpoints.finish()
+            company.keep(recipe, self.trained.held(), step + 1, last=step + 1 == recipe.steps)
+        company.checkpoints.finish()
 
     def train_step(self, step: int, batch: PairBatch) -> dict[str, Any]:
         """One optimizer step over all ranks; its record. Raises ValueError on what is not finite."""
@@ -245,21 +240,6 @@ class Trainer:
             f"{told['captions']} different captions{left_out})"
         )
         return told
-
-    def _keep(self, done: int) -> None:
-        """A checkpoint where one is due, and the end where one is asked for."""
-        recipe, company = self.recipe, self.company
-        company.checkpoints.poll()
-        due = recipe.checkpoint_every and done % recipe.checkpoint_every == 0
-        reason = company.stopping.agreed(self.trained.device) if done < recipe.steps else None
-        if due or reason or done == recipe.steps:
-            company.watchdog.beat(done, "writing a checkpoint", PATIENCE)
-            company.checkpoints.save(self.trained.held(), done)
-        if reason:
-            company.checkpoints.finish()
-            if self.pairs.rank == 0:
-                answer(recipe.run, done, reason)
-            raise Stopped(f"stopped after step {done}, with a checkpoint: {reason}. --resume goes on")
 
     def _mode(self, training: bool) -> None:
         """A locked tower stays as it is used."""

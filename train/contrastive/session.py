@@ -13,7 +13,7 @@ from flamingo.train.contrastive.config import ContrastiveRecipe
 from flamingo.train.contrastive.data import Pairs
 from flamingo.train.contrastive.encoder import DualEncoder, build, export, lock
 from flamingo.train.contrastive.held_out import HeldOut
-from flamingo.train.contrastive.loop import Company, Trained, Trainer
+from flamingo.train.contrastive.loop import EncoderCompany, Trained, Trainer
 from flamingo.train.contrastive.loss import Contrastive
 from flamingo.train.faults import Faults
 from flamingo.train.metrics import Metrics
@@ -89,12 +89,14 @@ def _company(
     world: int,
     stopping: Stopping,
     held_out: HeldOut | None,
-) -> Company:
+) -> EncoderCompany:
     settings = recipe.model_dump(mode="json")
     checkpoints = Checkpoints(
         recipe.run / "checkpoints", recipe.identity(), recipe.checkpoint_keep, recipe.checkpoint_background
     )
-    return Company(
+    return EncoderCompany(
+        rank,
+        engine.device(),
         Metrics(recipe.run, recipe.steps, start, rank == 0, recipe.trackers, settings),
         Faults(recipe.run, start, recipe.max_bad_samples, rank),
         checkpoints,
