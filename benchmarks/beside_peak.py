@@ -44,7 +44,9 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
 class Measured(session.Trainer):
     def train_step(self, step: int, batches: StepBatches) -> dict[str, Any]:
         device, dtype = self.engine.device, dtype_of(self.recipe.autocast)
-        before, began = peak(device, dtype), time.perf_counter()
+        before = peak(device, dtype)
+        torch.distributed.barrier()  # a rank that was done with it first would count its wait for the others
+        began = time.perf_counter()
         record = super().train_step(step, batches)  # it ends with numbers that all ranks have added up
         seconds = time.perf_counter() - began
         line = {"step": step + 1, "seconds": seconds, "peak": (before + peak(device, dtype)) / 2}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("benchmarks.step_rate", reason="the benchmarks lie beside the package, in the repository")
 
-from benchmarks import step_rate  # noqa: E402
+from benchmarks import beside_peak, step_rate  # noqa: E402
 from flamingo.train.config import read_recipe  # noqa: E402
+from flamingo.train.loop import Trainer  # noqa: E402
 
 SIZES = {"tokens": 5, "targets": 2, "images": 1}
 
@@ -31,6 +35,26 @@ def test_a_step_waits_for_its_slowest_rank_and_its_data_and_has_the_peak_of_all_
         (2, 2.5, 20.0),
         (3, 2.5, 20.0),
     ]
+
+
+def test_the_clock_of_a_step_starts_when_all_ranks_have_measured_their_peak(tmp_path):
+    """Else the rank that was done with it first counts its wait for the others."""
+    events: list[str] = []
+
+    def heard(what: str, value: Any) -> Any:
+        return lambda *_: events.append(what) or value
+
+    trainer: Any = beside_peak.Measured.__new__(beside_peak.Measured)
+    trainer.engine, trainer.dataset = mock.Mock(device=torch.device("cpu")), mock.Mock(rank=0)
+    trainer.recipe = mock.Mock(autocast="float32", run=tmp_path)
+    with (
+        mock.patch.object(beside_peak, "peak", heard("peak", 1.0)),
+        mock.patch("torch.distributed.barrier", heard("all are here", None)),
+        mock.patch.object(beside_peak.time, "perf_counter", heard("clock", 1.0)),
+        mock.patch.object(Trainer, "train_step", heard("step", dict.fromkeys(beside_peak.HELD, 1))),
+    ):
+        trainer.train_step(0, {})
+    assert events == ["peak", "all are here", "clock", "step", "clock", "peak"]
 
 
 def test_a_step_that_encodes_pictures_does_not_count(tmp_path):
