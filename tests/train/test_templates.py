@@ -10,8 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from flamingo.train.elastic import cause
 
 FOLDER = Path(__file__).parents[2] / "train" / "templates"
 TEMPLATES = sorted(FOLDER.glob("*.sh"))
@@ -109,13 +112,32 @@ def test_a_hang_and_a_killed_rank_go_back_until_a_person_should_look(template, s
 
 
 @pytest.mark.parametrize(
-    ("end", "status"), [("sys.exit(1)", 1), ("sys.exit(70)", 70), ("os.kill(os.getpid(), 9)", 137), ("", 0)]
+    ("end", "status"),
+    [
+        ("sys.exit(1)", 1),
+        ("sys.exit(70)", 70),
+        ("os.kill(os.getpid(), 9)", 137),
+        ("", 0),
+        # torchrun ends the other rank by SIGTERM, which says nothing of what happened
+        ("sys.exit(1) if os.environ['RANK'] == '0' else time.sleep(60)", 1),
+        ("os.kill(os.getpid(), 15)", 143),
+    ],
 )
 def test_the_status_of_torchrun_is_that_of_its_ranks(end, status, tmp_path):
-    (tmp_path / "rank.py").write_text(f"import os, sys\n{end}\n")
+    (tmp_path / "rank.py").write_text(f"import os, sys, time\n{end}\n")
     torchrun = [sys.executable, "-m", "flamingo.train.elastic", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, str(tmp_path / "rank.py")], capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stderr
+
+
+def test_what_torchrun_did_to_the_other_ranks_is_not_what_happened():
+    def failed(*codes_and_seconds):
+        return [mock.Mock(exitcode=code, timestamp=100 + seconds) for code, seconds in codes_and_seconds]
+
+    assert cause(failed((-9, 31), (1, 0))) == 1  # a rank that waited in a collective does not hear SIGTERM
+    assert cause(failed((1, 0), (-9, 0))) == cause(failed((1, 2), (-9, 0))) == 137
+    assert cause(failed((1, 1), (70, 0), (-15, 1))) == 70
+    assert cause(failed((-15, 0), (-15, 0))) == 143
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
