@@ -23,8 +23,10 @@ def status_of(exit_code: int) -> int:
 
 
 def cause(failures: Sequence[ProcessFailure]) -> int:
-    """The highest status of ranks that ended by themselves: once one has failed, torchrun ends the others, which
-    says nothing of what happened."""
+    """The highest status of ranks that ended by themselves.
+
+    Once one has failed, torchrun ends the others, which says nothing of what happened.
+    """
     first = min(failure.timestamp for failure in failures)
     own = [f for f in failures if f.timestamp - first < GRACE and f.exitcode != -signal.SIGTERM]
     return max(status_of(failure.exitcode) for failure in own or failures)
