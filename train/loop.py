@@ -61,7 +61,7 @@ class Trainer:
         for number in range(recipe.accumulation):
             rows = tally.rows(batches, number)
             read += tally.held(rows)
-            loss, parts = engine([row.to(engine.device, non_blocking=True) for row in rows], targets)
+            loss, parts = engine(tally.moved(rows), targets)
             engine.backward(loss)
             sums += parts.cpu()
             if number + 1 < recipe.accumulation:

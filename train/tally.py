@@ -18,17 +18,15 @@ from flamingo.train.objective import Objective
 
 
 class Tally:
-    """Every method but `rows` and `held` is called by all ranks together."""
+    """Every method but `rows`, `moved` and `held` is called by all ranks together."""
 
     def __init__(self, recipe: Recipe, engine: Engine, pack_tokens: int):
         self.names = [source.name for source in recipe.sources]
         self.accumulation, self.device, self.pack_tokens = recipe.accumulation, engine.device, pack_tokens
         self.objective: Objective = engine.module  # type: ignore[assignment]
         self.model = self.objective.model
-        self._image = (
-            self.model.config.image_token_id,
-            self.model.image_tokens,
-        )  # its id, how many the LM reads
+        # Its id, and how many the LM reads.
+        self._image = self.model.config.image_token_id, self.model.image_tokens
 
     def rows(self, batches: StepBatches, number: int) -> list[Rows]:
         """Micro-batch `number` of all sources as rows."""
@@ -36,6 +34,10 @@ class Tally:
         if self.pack_tokens:
             return packed(micro, self.pack_tokens, *self._image)
         return padded(micro)
+
+    def moved(self, rows: list[Rows]) -> list[Rows]:
+        """On this rank's device."""
+        return [part.to(self.device, non_blocking=True) for part in rows]
 
     def held(self, rows: list[Rows]) -> gauges.Held:
         """What the rows hold."""
@@ -58,8 +60,7 @@ class Tally:
         """The step's loss with its images replaced by blanks: equal means it does not look."""
         targets, sums = self.targets(batches), torch.zeros(len(self.names), dtype=torch.float64)
         for number in range(self.accumulation):
-            rows = [part.to(self.device, non_blocking=True) for part in self.rows(batches, number)]
-            _, parts = self.objective(rows, targets, blank=True)
+            _, parts = self.objective(self.moved(self.rows(batches, number)), targets, blank=True)
             sums += parts.cpu()
         return self.means(sums, targets)
 
