@@ -225,10 +225,10 @@ class Engine:
         # many GPUs that pays: each call waits for every hop, and one for each large gradient would be more.
         costs = world == 1 or self.device.type == "cpu"
         self.adds_up = costs and not self.stage and not recipe.deepspeed
-        self.exchange = Exchange(near=self.device.type == "cpu")
         if self.adds_up:
             self.deepspeed.enable_backward_allreduce = False
         self.named = trained(objective)
+        self.exchange = Exchange(self.named.values(), near=self.device.type == "cpu")
         self.moments = Moments(self.deepspeed, self.named, self.stage)
 
     def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
@@ -245,14 +245,17 @@ class Engine:
             loss = loss * self.scale.value
         self.deepspeed.backward(loss if self.adds_up else loss * self.world, scale_wrt_gas=False)
         if self.adds_up and self.world > 1 and self.deepspeed.is_gradient_accumulation_boundary():
-            self.exchange.add_up(self.named.values())
+            self.exchange.add_up()
 
     def next_part(self) -> None:
         """After all but the last micro-batch of a step."""
         self.deepspeed.step()
 
-    def update(self, rate: float) -> float:
-        """The one clipping and the one update of a step; the norm of the gradient before.
+    def update(self, rate: float) -> tuple[float, dict[str, float]]:
+        """The one clipping and the one update of a step.
+
+        Returns the norm of the gradient before, and that of each group of parameters; of groups nothing
+        where the optimizer's state is offloaded, since the gradients are not at hand then.
 
         The gradients are already summed over the ranks, so all ranks do the same: nothing but
         forgetting the gradients where the norm is not finite.
@@ -260,50 +263,48 @@ class Engine:
         for part in self.deepspeed.optimizer.param_groups:
             part["lr"] = rate * part["factor"]
         norm = float("nan")
+        names, squares = ([], torch.zeros(0)) if self.offload else self._squares()
         if not self.stage:
-            norm = self._clip()
+            norm = float(squares.sum().sqrt())
+            self._clip(norm)
         self.deepspeed.step()
+        self.exchange.wait()  # all have read the gradients
         if self.stage and not self.deepspeed.optimizer.overflow:
             norm = float(self.deepspeed.get_global_grad_norm())  # type: ignore[arg-type]
-        return norm
+        return norm, norms(names, squares)
 
-    def _clip(self) -> float:
+    def _clip(self, norm: float) -> None:
         """Without ZeRO: as DeepSpeed's own optimizers do."""
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.scale.value
         if norm != norm or norm == float("inf"):
             for parameter in self.named.values():
                 parameter.grad = None  # the optimizer leaves these alone
         elif (factor := min(1.0, self.clip / (norm + 1e-6)) / self.scale.value) != 1.0:
+            gradients = [p.grad for p in self.exchange.mine if p.grad is not None]
             torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]
-        return norm
+            self.exchange.wait()  # all gradients are clipped
 
     def rates(self, rate: float) -> dict[str, float]:
         """The learning rate of each group of parameters, where that of the run is `rate`."""
         return {part["name"]: rate * part["factor"] for part in self.deepspeed.optimizer.param_groups}
 
-    def group_norms(self) -> dict[str, float]:
-        """Norm of the gradient of each group of parameters, after backward and before `update`.
-
-        Empty where the optimizer's state is offloaded: the gradients are not at hand then.
-        """
-        if self.offload:
-            return {}
+    def _squares(self) -> tuple[list[str], Tensor]:
+        """Groups of parameters, and the sum of squares of the gradient of each, over all ranks."""
         groups = self.deepspeed.optimizer.param_groups
         pieces: dict[str, list[Tensor | None]] = {}
         for number, held in self._pieces():
             pieces.setdefault(groups[number]["name"], []).extend(held)
         squares = squared_norms(pieces, self.device)
-        if self.stage:
+        if self.stage or self.exchange.memory is not None:
             sum_over_ranks(squares)
-        return norms(pieces, squares / self.scale.value**2)
+        return list(pieces), squares / self.scale.value**2
 
     def _pieces(self) -> Iterator[tuple[int, list[Tensor | None]]]:
-        """(number of a parameter group, gradients that this rank holds of it)."""
+        """(number of a parameter group, gradients that this rank sees to of it)."""
         optimizer = self.deepspeed.optimizer
         if not self.stage:
+            mine = {id(parameter) for parameter in self.exchange.mine}
             for number, part in enumerate(optimizer.param_groups):
-                yield number, [parameter.grad for parameter in part["params"]]
+                yield number, [parameter.grad for parameter in part["params"] if id(parameter) in mine]
             return
         for number, pieces in optimizer.averaged_gradients.items():
             owner = optimizer.sub_group_to_group_id[number] if self.stage == 3 else number

@@ -8,46 +8,85 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 JOINED = 1 << 18  # numbers of a gradient: smaller ones are sent together, each would wait for the network
-PART = 1 << 21  # numbers of each rank that lie in shared memory at one time
 
 
 class Exchange:
     """How the ranks of a run add up their gradients.
 
     near: without GPUs, ranks that one launcher started on one machine meet in its memory, which takes
-    half the time of gloo's sockets (docs/decisions.md). Others, and those that cannot, send.
+    a fifth of the time of gloo's sockets (docs/decisions.md). Others, and those that cannot, send.
+
+    Attributes:
+        mine: parameters of which this rank reads the norm, and clips the gradient: all, where each rank
+            has gradients of its own. Where `memory` is shared the gradients are the same tensors on all
+            ranks, and every parameter is one rank's.
     """
 
-    def __init__(self, near: bool):
+    def __init__(self, parameters: Iterable[nn.Parameter], near: bool):
+        """parameters: the same, in the same order, on all ranks."""
+        self.parameters = list(parameters)
+        self.mine = self.parameters
         self.near = near
-        self.memory: Tensor | None = None
+        self.memory: Tensor | None = None  # float32[W, N], a row for each rank
+        self._cuts: list[int] = []  # rank r adds up the numbers from its cut to the next
+        self._sums: list[Tensor] = []  # where those of each parameter then lie
 
-    def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
-        """`grad` of each becomes its sum over all ranks, the same on all of them.
+    def add_up(self) -> None:
+        """`grad` of each becomes its sum over all ranks, the same on all of them; none counts as zeros.
 
-        All ranks must give their parameters in the same order; one without a gradient adds zeros.
+        In shared memory they are good until `wait`, after which no rank may read them any more.
         """
-        gradients = [_gradient(parameter) for parameter in parameters]
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if self.near and self.memory is None:
-            self.memory = shared(min(PART, sum(g.numel() for g in gradients)))
+            self.memory = shared(sum(parameter.numel() for parameter in self.parameters))
             self.near = self.memory is not None
+            if self.memory is not None:
+                self._divide(self.memory)
+        gradients: list[Tensor] = [parameter.grad for parameter in self.parameters]  # type: ignore[misc]
         if self.memory is not None:
-            _meet(gradients, self.memory)
+            self._meet(self.memory, gradients)
         else:
             _send(gradients)
 
+    def wait(self) -> None:
+        """Until no rank reads or writes sums in shared memory; nothing where there are none."""
+        if self.memory is not None:
+            dist.barrier()
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+    def _divide(self, memory: Tensor) -> None:
+        """Parameters in their order to ranks, about as many numbers to each."""
+        rank, (world, size) = dist.get_rank(), memory.shape
+        ends = [0, *accumulate(parameter.numel() for parameter in self.parameters)]
+        inner = [bisect(ends, size * r / world, hi=len(ends) - 1) - 1 for r in range(1, world)]
+        firsts = [0, *inner, len(self.parameters)]
+        self._cuts = [ends[first] for first in firsts]
+        self.mine = self.parameters[firsts[rank] : firsts[rank + 1]]
+        for number, parameter in enumerate(self.parameters):
+            owner = bisect(firsts, number, hi=world) - 1
+            self._sums.append(memory[owner, ends[number] : ends[number + 1]].view_as(parameter))
+
+    def _meet(self, memory: Tensor, gradients: Sequence[Tensor]) -> None:
+        rank = dist.get_rank()
+        torch.cat([gradient.view(-1) for gradient in gradients], out=memory[rank])
+        self.wait()  # all have laid down theirs
+        share = memory[:, self._cuts[rank] : self._cuts[rank + 1]]
+        for other, numbers in enumerate(share):
+            if other != rank:
+                share[rank] += numbers
+        self.wait()  # all sums are there
+        for parameter, total in zip(self.parameters, self._sums, strict=True):
+            parameter.grad = total
 
 
 def _send(gradients: Sequence[Tensor]) -> None:
@@ -62,45 +101,13 @@ def _send(gradients: Sequence[Tensor]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-def _meet(gradients: Sequence[Tensor], memory: Tensor) -> None:
-    """memory: float32[W + 1, size], of all ranks; the last row is for sums, of which each rank makes a
-    share."""
-    rank, world, size = dist.get_rank(), dist.get_world_size(), memory.shape[1]
-    for pieces in _cut([gradient.view(-1) for gradient in gradients], size):
-        held = sum(piece.numel() for piece in pieces)
-        torch.cat(pieces, out=memory[rank, :held])
-        dist.barrier()  # all have laid down theirs
-        mine = slice(held * rank // world, held * (rank + 1) // world)
-        total = torch.add(memory[0, mine], memory[1, mine], out=memory[world, mine])
-        for other in memory[2:world, mine]:
-            total += other
-        dist.barrier()  # all sums are there; nobody writes over them before all are at the next barrier
-        sums = memory[world, :held].split([piece.numel() for piece in pieces])
-        torch._foreach_copy_(pieces, sums)  # type: ignore[attr-defined]
-
-
-def _cut(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Views of flat tensors, so many as hold `size` numbers together; the last ones hold what is left."""
-    pieces: list[Tensor] = []
-    room = size
-    for tensor in tensors:
-        while tensor.numel():
-            pieces.append(tensor[:room])
-            tensor, room = tensor[room:], room - pieces[-1].numel()
-            if not room:
-                yield pieces
-                pieces, room = [], size
-    if pieces:
-        yield pieces
-
-
 def shared(size: int) -> Tensor | None:
-    """float32[W + 1, size] that all ranks read and write; None on all where one cannot.
+    """float32[W, size] that all ranks read and write; None on all where one cannot.
 
     It has no name: whatever ends the ranks, nothing is left of it. All ranks must call this.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    length = 4 * (world + 1) * size
+    length = 4 * world * size
     made = _make(length) if rank == 0 else None
     told = [made]
     dist.broadcast_object_list(told, src=0)
@@ -109,7 +116,7 @@ def shared(size: int) -> Tensor | None:
     dist.all_gather_object(seen, memory is not None)
     if made is not None:
         os.close(made[1])
-    return torch.frombuffer(memory, dtype=torch.float32).view(world + 1, size) if all(seen) else None
+    return torch.frombuffer(memory, dtype=torch.float32).view(world, size) if all(seen) else None
 
 
 def _make(length: int) -> tuple[int, int, bytes] | None:

@@ -41,7 +41,7 @@ def gates(blocks: nn.ModuleList) -> dict[str, list[float]]:
 
 
 def squared_norms(groups: Mapping[str, Iterable[Tensor | None]], device: torch.device) -> Tensor:
-    """Sum of squares of each group's gradients: float32[groups], in their order, on `device`.
+    """Sum of squares of each group's gradients: float64[groups], in their order, on `device`.
 
     Where ranks hold parts of the gradients (ZeRO-2 and 3), the sum of this over the ranks is
     that of the whole. None and empty tensors count nothing. Nothing is copied from the device.
@@ -51,10 +51,10 @@ def squared_norms(groups: Mapping[str, Iterable[Tensor | None]], device: torch.d
         kept = [gradient.detach() for gradient in gradients if gradient is not None and gradient.numel()]
         tensors += kept
         owner += [number] * len(kept)
-    sums = torch.zeros(len(groups), device=device)
+    sums = torch.zeros(len(groups), dtype=torch.float64, device=device)
     if tensors:
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)  # type: ignore[attr-defined]
-        squares = torch.stack([norm.to(device) for norm in norms]).square()
+        squares = torch.stack([norm.to(device) for norm in norms]).double().square()
         sums.index_add_(0, torch.tensor(owner, device=device), squares)
     return sums
 

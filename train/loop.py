@@ -67,8 +67,7 @@ class Trainer:
             if number + 1 < recipe.accumulation:
                 engine.next_part()
         losses = tally.means(sums, targets)
-        norms = engine.group_norms()
-        norm = engine.update(rate)
+        norm, norms = engine.update(rate)
         local = dict(zip(tally.names, sums.tolist(), strict=True))
         skipped = self.company.nonfinite.note(step + 1, losses, norm, local, batches, engine.scale)
         engine.scale.update(not skipped)

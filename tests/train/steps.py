@@ -96,8 +96,7 @@ def take_step(
         if number + 1 < given.accumulation:
             engine.next_part()
     sum_over_ranks(total)
-    norms = engine.group_norms()
-    norm = engine.update(given.optimizer.lr)
+    norm, norms = engine.update(given.optimizer.lr)
     engine.scale.update(math.isfinite(norm))
     return float(total), norms, norm
 
@@ -138,7 +137,9 @@ def gradients_of_all(settings: list[dict[str, Any]]) -> list[dict[str, torch.Ten
             engine.backward(loss)
             if number + 1 < given.accumulation:
                 engine.next_part()
-        found.append({**gradients(engine), "norms": engine.group_norms()})
+        whole = gradients(engine)
+        _, norms = engine.update(given.optimizer.lr)
+        found.append({**whole, "norms": norms})
         engine.close()
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -39,58 +39,80 @@ def gradient(rank: int, number: int) -> Tensor | None:
     return None if (rank, number) in ABSENT else torch.randn(SHAPES[number], generator=generator)
 
 
-def with_gradients() -> list[nn.Parameter]:
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
-    for number, parameter in enumerate(parameters):
-        parameter.grad = gradient(torch.distributed.get_rank(), number)
+def with_gradients(numbers: Sequence[int] = range(len(SHAPES))) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.zeros(SHAPES[number])) for number in numbers]
+    give_gradients(parameters, numbers)
     return parameters
 
 
-def added_up(near: bool, part: int) -> tuple[list[Tensor], list[Tensor]]:
-    """This rank's sums, of two exchanges one after the other, and what was sent in the first."""
-    parameters = with_gradients()
+def give_gradients(parameters: list[nn.Parameter], numbers: Sequence[int]) -> None:
+    for number, parameter in zip(numbers, parameters, strict=True):
+        parameter.grad = gradient(torch.distributed.get_rank(), number)
+
+
+def added_up(near: bool, numbers: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """This rank's sums, of two exchanges one after the other, what was sent in the first, and which of the
+    parameters are this rank's."""
+    parameters = with_gradients(numbers)
     before = [parameter.grad for parameter in parameters]
-    with patch.object(exchange, "PART", part):
-        meeting = exchange.Exchange(near)
-        with sent() as tensors:
-            meeting.add_up(parameters)
-        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        assert all(old is None or new is old for new, old in zip(found, before, strict=True))
-        again = with_gradients()
-        meeting.add_up(again)
-    assert all(torch.equal(one.grad, two) for one, two in zip(again, found, strict=True))  # type: ignore[arg-type]
+    meeting = exchange.Exchange(parameters, near)
+    with sent() as tensors:
+        meeting.add_up()
+    sums = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    found = [total.clone() for total in sums]
+    meeting.wait()
     assert (meeting.memory is not None) == near
-    assert near or all(any(found[number] is tensor for tensor in tensors) for number in (1, 3))
-    return found, tensors
+    if not near:
+        assert all(old is None or new is old for new, old in zip(sums, before, strict=True))
+        assert all(any(sums[number] is tensor for tensor in tensors) for number in (1, 3))
+    give_gradients(parameters, numbers)
+    meeting.add_up()
+    assert all(torch.equal(one.grad, two) for one, two in zip(parameters, found, strict=True))  # type: ignore[arg-type]
+    meeting.wait()
+    mine = {id(parameter) for parameter in meeting.mine}
+    return found, tensors, [number for number, p in zip(numbers, parameters, strict=True) if id(p) in mine]
 
 
-def check_sums(ranks: list[list[Tensor]]) -> None:
+def check_sums(ranks: list[list[Tensor]], numbers: Sequence[int] = range(len(SHAPES))) -> None:
     for found in ranks:
-        for number, total in enumerate(found):
+        for place, (number, total) in enumerate(zip(numbers, found, strict=True)):
             given = [grad for rank in range(len(ranks)) if (grad := gradient(rank, number)) is not None]
             torch.testing.assert_close(total, sum(given), atol=1e-6, rtol=0)
-            assert torch.equal(total, ranks[0][number]), "the same bits on all ranks"
+            assert torch.equal(total, ranks[0][place]), "the same bits on all ranks"
 
 
-NUMBERS = sum(torch.Size(shape).numel() for shape in SHAPES)
-
-
-# Parts that cut gradients, that all gradients just fill, and of which they leave a piece.
-@pytest.mark.parametrize(("near", "part"), [(False, 1), (True, 99_991), (True, NUMBERS), (True, NUMBERS - 1)])
-def test_every_rank_has_the_sum_of_all_ranks_and_one_without_a_gradient_adds_nothing(near, part, tmp_path):
-    ranks = in_ranks(3, tmp_path, added_up, near, part)
-    check_sums([found for found, _ in ranks])
-    for _, tensors in ranks:
+def test_every_rank_has_the_sum_of_all_ranks_and_one_without_a_gradient_adds_nothing(tmp_path):
+    ranks = in_ranks(3, tmp_path, added_up, False, range(len(SHAPES)))
+    check_sums([found for found, _, _ in ranks])
+    for _, tensors, mine in ranks:
         joined = [3 + 4 * 5]  # the small ones
-        expected = [] if near else [list(SHAPES[1]), list(SHAPES[3]), joined]
-        assert [list(tensor.shape) for tensor in tensors] == expected
+        assert [list(tensor.shape) for tensor in tensors] == [list(SHAPES[1]), list(SHAPES[3]), joined]
+        assert mine == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shares"),
+    [
+        ([0, 1, 2, 3], [[0], [1, 2], [3]]),
+        ([3, 1, 0, 2], [[], [3], [1, 0, 2]]),
+        ([1], [[], [], [1]]),  # fewer than ranks
+    ],
+)
+def test_in_shared_memory_nothing_is_sent_and_each_parameter_is_one_rank_s(numbers, shares, tmp_path):
+    ranks = in_ranks(3, tmp_path, added_up, True, numbers)
+    check_sums([found for found, _, _ in ranks], numbers)
+    assert [tensors for _, tensors, _ in ranks] == [[], [], []]
+    assert [mine for _, _, mine in ranks] == shares
 
 
 def traces(exchanges: int) -> tuple[list[str], list[str]]:
     """Descriptors of shared memory that this rank holds after so many exchanges, and what it sees of it."""
-    meeting = exchange.Exchange(near=True)
+    parameters = with_gradients()
+    meeting = exchange.Exchange(parameters, near=True)
     for _ in range(exchanges):
-        meeting.add_up(with_gradients())
+        give_gradients(parameters, range(len(SHAPES)))
+        meeting.add_up()
+        meeting.wait()
     names = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     maps = Path("/proc/self/maps").read_text().splitlines()
     return [name for name in names if "gradients" in name], [line for line in maps if "gradients" in line]
@@ -110,13 +132,14 @@ def apart(reason: str) -> tuple[list[Tensor], int]:
     hidden = {"no such system": "memfd_create", "no memory": "posix_fallocate", "another user": "open"}
     whose = 0 if reason in ("no such system", "no memory") else 1
     call = patch.object(os, hidden.get(reason, "getpid"), side_effect=OSError("not here"))
-    meeting, parameters = exchange.Exchange(near=True), with_gradients()
+    parameters = with_gradients()
+    meeting = exchange.Exchange(parameters, near=True)
     with sent() as tensors:
         if reason in hidden and rank == whose:
             with call:
-                meeting.add_up(parameters)
+                meeting.add_up()
         else:
-            meeting.add_up(parameters)
+            meeting.add_up()
     assert meeting.memory is None and not meeting.near
     return [parameter.grad for parameter in parameters if parameter.grad is not None], len(tensors)
 

@@ -109,7 +109,7 @@ def spoilt(folder: str, stage: int, what: str) -> dict[str, Any]:
     engine.backward(loss)
     local = dict(zip(counts, sums.tolist(), strict=True))
     losses = dict(zip(counts, sum_over_ranks(sums.clone()).tolist(), strict=True))
-    norm = engine.update(1e-2)
+    norm, _ = engine.update(1e-2)
     watch = NonFinite(Path(folder), 1, rank)
     stepped = dict(zip(counts, ([batches[0]], [batches[1]]), strict=True))
     skipped = watch.note(2, losses, norm, local, stepped, engine.scale)
