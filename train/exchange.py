@@ -23,7 +23,7 @@ class Exchange:
     """How the ranks of a run add up their gradients.
 
     near: without GPUs, ranks that one launcher started on one machine meet in its memory, which takes
-    a fifth of the time of gloo's sockets (docs/decisions.md). Others, and those that cannot, send.
+    less than half the time of gloo's sockets (docs/decisions.md). Others, and those that cannot, send.
 
     Attributes:
         mine: parameters of which this rank reads the norm, and clips the gradient: all, where each rank
