@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -181,3 +183,51 @@ def numbers_sent_by_one_of_two(nodes: int) -> int:
 def test_two_ranks_send_gradients_only_if_they_are_two_nodes(nodes, tmp_path):
     ranks = in_ranks(2, tmp_path, numbers_sent_by_one_of_two, nodes)
     assert [bool(count) for count in ranks] == [nodes == 2] * 2
+
+
+def slowed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def late(*given: Any, **named: Any) -> Any:
+        time.sleep(0.5)
+        return call(*given, **named)
+
+    return late
+
+
+CLIPPED = {"lr": 1e-2, "warmup_steps": 0, "clip": 0.01}
+LATE: dict[str, tuple[Any, str]] = {
+    "laying down": (torch, "cat"),
+    "adding up": (Tensor, "__iadd__"),
+    "clipping": (torch, "_foreach_mul_"),
+    "the update": (torch.optim.AdamW, "step"),
+}
+
+
+def two_steps(late_in: str) -> list[dict[str, Tensor]]:
+    """Gradients of each, and the weights in the end, of ranks that meet nowhere but in the engine; the second
+    is late in one thing that it does."""
+    rank, given = torch.distributed.get_rank(), steps.recipe(optimizer=CLIPPED)
+    engine, found = steps.engine_of(given), []
+    for step in range(2):
+        ((_, rows),) = steps.micro_batches(step, rank, 2, 1, 0)
+        loss, _ = engine(rows, dict.fromkeys(steps.WEIGHTS, 100))
+        with ExitStack() as stack:
+            if late_in and rank == 1:
+                owner, name = LATE[late_in]
+                stack.enter_context(patch.object(owner, name, slowed(getattr(owner, name))))
+            engine.backward(loss)
+            found.append(steps.gradients(engine))
+            engine.update(1e-2)
+    assert engine.exchange.memory is not None
+    return [*found, steps.weights(engine)]
+
+
+@pytest.fixture(scope="module")
+def in_time(tmp_path_factory) -> list[dict[str, Tensor]]:
+    return in_ranks(2, tmp_path_factory.mktemp("in-time"), two_steps, "")[0]
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_a_rank_that_is_late_in_shared_memory_is_waited_for(what, in_time, tmp_path):
+    for found in in_ranks(2, tmp_path, two_steps, what):
+        for one, other in zip(found, in_time, strict=True):
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
