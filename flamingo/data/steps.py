@@ -9,12 +9,14 @@ read ahead.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -172,6 +174,7 @@ def step_loader(dataset: Dataset[V], start: int, stop: int, workers: int = 0) ->
         return iter(loader)
 
 
+LOOK_SECONDS = 2.0  # after which a worker has seen that its rank is gone
 # What a job is told to stop with.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "sigwaitinfo") else ()  # macOS: none
 
@@ -183,6 +186,8 @@ def _held_back() -> Iterator[None]:
     Some libraries (grpc) begin threads in every new process before anything of ours runs in it, and
     a signal is delivered to any thread that does not hold it back.
     """
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # now: its start lets SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -191,16 +196,22 @@ def _held_back() -> Iterator[None]:
 
 
 def _outlive_signals(worker: int) -> None:
-    """In a worker: a SIGTERM or SIGUSR1 to the whole job does not end it, one from its rank does.
+    """In a worker: a SIGTERM or SIGUSR1 to the whole job does not end it, one from its rank or the end of
+    its rank does.
 
-    The rank finishes its step and writes a checkpoint, for which it needs its workers.
+    The rank finishes its step and writes a checkpoint, for which it needs its workers. Where processes
+    are forked by a server (Python's default from 3.14 on), that is the system's parent, and lives on as
+    long as they do: so it is multiprocessing that is asked.
     """
-    if not SIGNALS:
+    rank = multiprocessing.parent_process()
+    if not SIGNALS or rank is None:
         return
 
     def listen() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
-            pass
+        while rank.is_alive():
+            told = signal.sigtimedwait(SIGNALS, LOOK_SECONDS)
+            if told and told.si_pid == rank.pid:
+                break
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

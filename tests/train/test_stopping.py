@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -119,7 +120,16 @@ def threads_in_forks():
     wanted.clear()
 
 
-@pytest.mark.usefixtures("threads_in_forks")
+@pytest.fixture(params=["fork", "forkserver"])
+def begun_by(request: pytest.FixtureRequest):
+    """Python's way to start processes: fork before 3.14, then forkserver."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("threads_in_forks", "begun_by")
 def test_the_loaders_processes_outlive_a_signal_to_the_whole_job_and_end_with_their_rank():
     steps = step_loader(Pids(), 0, 40, workers=1)  # type: ignore[arg-type]
     worker = next(steps)
@@ -134,18 +144,19 @@ def test_the_loaders_processes_outlive_a_signal_to_the_whole_job_and_end_with_th
     assert process.exitcode == 0
 
 
-def read_for_ever(said: multiprocessing.Queue) -> None:
+def read_for_ever(said: multiprocessing.Queue, begun_by: str) -> None:
+    multiprocessing.set_start_method(begun_by, force=True)
     steps = step_loader(Pids(), 0, 40, workers=1)  # type: ignore[arg-type]
     said.put(next(steps))
     time.sleep(600)
 
 
 @pytest.mark.usefixtures("threads_in_forks")
-def test_a_loaders_process_ends_with_a_rank_that_was_killed(monkeypatch):
-    monkeypatch.setattr("torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds, else 5
-    fork = multiprocessing.get_context("fork")
-    said = fork.Queue()
-    rank = fork.Process(target=read_for_ever, args=(said,))
+def test_a_loaders_process_ends_with_a_rank_that_was_killed(begun_by):
+    # A fork would ask for its processes at the server of its parent.
+    context: Any = multiprocessing.get_context("fork" if begun_by == "fork" else "spawn")
+    said = context.Queue()
+    rank = context.Process(target=read_for_ever, args=(said, begun_by))
     rank.start()
     worker = psutil.Process(said.get(timeout=60))
     rank.kill()
