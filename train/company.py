@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from flamingo.data.steps import StepBatches
+from flamingo.train import engine
 from flamingo.train.checkpoint import Checkpoints, Trained
 from flamingo.train.config import Recipe, RunConfig
 from flamingo.train.faults import Faults
@@ -16,9 +15,10 @@ from flamingo.train.gauges import derived, memory_gb
 from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.stopping import Stopped, Stopping, answer
-from flamingo.train.watchdog import Watchdog
+from flamingo.train.watchdog import PATIENCE, Watchdog
 
-PATIENCE = 4.0  # times as long as usual: a first step, a checkpoint
+if TYPE_CHECKING:
+    from flamingo.train.opening import Opened
 
 
 @dataclass
@@ -26,12 +26,19 @@ class Company:
     """Of any training. All ranks call each method, after the same step."""
 
     rank: int
-    device: torch.device
     metrics: Metrics
     faults: Faults
     checkpoints: Checkpoints
     stopping: Stopping
     watchdog: Watchdog
+
+    @classmethod
+    def of(cls, recipe: RunConfig, at: Opened, metrics: Metrics, start: int, **own: Any) -> Self:
+        """own: fields that this kind of training has besides. start: steps done."""
+        kept, behind = recipe.checkpoint_keep, recipe.checkpoint_background
+        checkpoints = Checkpoints(recipe.run / "checkpoints", recipe.identity(), kept, behind)
+        faults = Faults(recipe.run, start, recipe.max_bad_samples, at.rank)
+        return cls(at.rank, metrics, faults, checkpoints, at.stopping, at.watchdog, **own)
 
     def keep(self, recipe: RunConfig, held: Trained, done: int, last: bool) -> None:
         """A checkpoint after `done` steps, where one is due. last: of this part of the run.
@@ -40,7 +47,7 @@ class Company:
         """
         self.checkpoints.poll()
         due = recipe.checkpoint_every and done % recipe.checkpoint_every == 0
-        reason = self.stopping.agreed(self.device) if done < recipe.steps else None
+        reason = self.stopping.agreed(engine.device()) if done < recipe.steps else None
         if due or reason or last:
             self.watchdog.beat(done, "writing a checkpoint", PATIENCE)
             self.checkpoints.save(held, done)
@@ -75,5 +82,5 @@ class FlamingoCompany(Company):
         if step % recipe.log_every == 0 or last or told:
             flops = record.pop("flops")
             record |= derived(record, flops=flops, peak=self.peak)
-            record["memory_gb"] = memory_gb(self.device)
+            record["memory_gb"] = memory_gb(engine.device())
             self.metrics.write(record)

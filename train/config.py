@@ -135,7 +135,7 @@ class RunConfig(Section):
         1800.0,
         ge=0,
         description="a step that takes longer: the ranks that hang are named, the run ends; four times as "
-        "long for the first step, data, a checkpoint, an evaluation; 0: never",
+        "long for loading, the first step, data, a checkpoint, an evaluation, the export; 0: never",
     )
 
     def identity(self) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import torch
 
 from flamingo.data.draws import draw
 from flamingo.data.steps import StepBatches, StepDataset, step_loader
-from flamingo.train.company import PATIENCE, FlamingoCompany
+from flamingo.train.company import FlamingoCompany
 from flamingo.train.config import Recipe
 from flamingo.train.engine import Engine, most_over_ranks
 from flamingo.train.gauges import Held, gates
 from flamingo.train.optim import learning_rate
 from flamingo.train.profile import profiled
 from flamingo.train.tally import Tally
+from flamingo.train.watchdog import PATIENCE
 
 
 class Trainer:

@@ -73,11 +73,11 @@ def _altered(before: str, now: str) -> bool:
     return old != new or bool(old_content and new_content and old_content != new_content)
 
 
-def digest(module: nn.Module) -> str:
+def digest(weights: Iterable[tuple[str, nn.Parameter]]) -> str:
     """Of pretrained weights, by names, shapes and a few numbers of each tensor. All ranks call it: weights
     may be in pieces. Adapters are left out."""
     found = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
+    for name, parameter in sorted(weights):
         if "lora_" in name:
             continue
         with gathered([parameter]):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -21,18 +21,25 @@ from flamingo.train.config import RECIPE, Recipe, RunConfig
 from flamingo.train.group import SharedError
 from flamingo.train.lock import RunLock
 from flamingo.train.stopping import Stopping
+from flamingo.train.watchdog import PATIENCE, Watchdog
 
 SUMMARY = "train.json"  # in the folder of a run
 CHANGES = "changes.jsonl"  # beside it: settings with which it went on, where they are not the recipe's
 LOCK_SECONDS = 60.0  # that a restarted run waits for the one before to end
 
 
+class Opened(NamedTuple):
+    """This rank of a run. stopping: who listens to signals; watchdog: watches from here on."""
+
+    rank: int
+    world: int
+    stopping: Stopping
+    watchdog: Watchdog
+
+
 @contextmanager
-def opened(
-    recipe: RunConfig, resume: bool, stopping: Stopping | None = None
-) -> Iterator[tuple[int, int, Stopping]]:
-    """Within this `with`, the ranks are met and the run's folder is theirs: (rank, world size, who
-    listens to signals).
+def opened(recipe: RunConfig, resume: bool, stopping: Stopping | None = None) -> Iterator[Opened]:
+    """Within this `with`, the ranks are met and the run's folder is theirs.
 
     Raises SharedError for a folder that is in use, or holds another run.
     """
@@ -45,9 +52,11 @@ def opened(
         together(rank, lambda: check_folder(recipe, resume))
         together(rank, lambda: trackers.check(recipe.trackers))
         tune_cpu(processes=1 if torch.cuda.is_available() else world)
-        with short_attention(), stopping or Stopping() as heard:
+        watchdog = Watchdog(recipe.run, rank, world, recipe.watchdog_seconds)
+        with short_attention(), stopping or Stopping() as heard, watchdog:
             heard.limit(recipe.wall_minutes, recipe.run if rank == 0 else None)
-            yield rank, world, heard
+            watchdog.beat(0, "loading", PATIENCE)
+            yield Opened(rank, world, heard, watchdog)
     finally:
         if rank == 0:
             lock.release()

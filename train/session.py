@@ -25,11 +25,10 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from flamingo.runtime import dtype_of
 from flamingo.train import engine, manifest
-from flamingo.train.checkpoint import Checkpoints, Saved
+from flamingo.train.checkpoint import Saved
 from flamingo.train.company import FlamingoCompany
 from flamingo.train.config import Recipe
 from flamingo.train.export import assemble, export_run
-from flamingo.train.faults import Faults
 from flamingo.train.features import FeatureCache
 from flamingo.train.flops import measured_peak
 from flamingo.train.group import SharedError
@@ -38,6 +37,7 @@ from flamingo.train.metrics import Metrics
 from flamingo.train.nonfinite import NonFinite
 from flamingo.train.objective import Objective
 from flamingo.train.opening import (
+    Opened,
     alike,
     begin,
     newest,
@@ -51,7 +51,7 @@ from flamingo.train.optim import trained
 from flamingo.train.parts import boundaries, compile_parts, new_at, unfreeze
 from flamingo.train.precision import LossScale
 from flamingo.train.stopping import Stopping, forget
-from flamingo.train.watchdog import Watchdog
+from flamingo.train.watchdog import PATIENCE
 from flamingo.written import check_place
 
 # model, processor, folder of the run, rank, world size, steps done -> scores, on all ranks.
@@ -74,42 +74,25 @@ def train(
     run is asked to stop, with a checkpoint.
     """
     began = time.monotonic()
-    with opened(recipe, resume, stopping) as (rank, world, heard):
-        recipe = settled(recipe, rank)
-        _train(recipe, rank, world, began, accept_changed_shards, heard, evaluate)
+    with opened(recipe, resume, stopping) as at:
+        _train(settled(recipe, at.rank), at, began, accept_changed_shards, evaluate)
 
 
-def _train(
-    recipe: Recipe,
-    rank: int,
-    world: int,
-    began: float,
-    accept: bool,
-    stopping: Stopping,
-    evaluate: Evaluate | None,
-) -> None:
+def _train(recipe: Recipe, at: Opened, began: float, accept: bool, evaluate: Evaluate | None) -> None:
+    rank, world = at.rank, at.world
     with alike():  # a file that one node lacks ends all ranks, not that node's alone
         if recipe.export:
             check_place(recipe.run / "model")  # before it is trained
         if recipe.deepspeed:
             engine.check_section(recipe, world)
         model, processor = _load(recipe, world)
+        at.watchdog.beat(0, "opening the data", PATIENCE)
         cache = FeatureCache(model, recipe.feature_cache_gb, stored=_stored(recipe, model, processor))
         dataset = open_data(recipe, model, processor, cache, rank, world)
-    backbones = {
-        "model.vision": manifest.digest(model.vision_encoder),  # type: ignore[arg-type]
-        "model.language": manifest.digest(model.language_model),
-    }
     weights = {source.name: source.weight for source in recipe.sources}
     objective = Objective(model, weights, cache, dtype_of(recipe.autocast), recipe.z_loss)
-    saved = newest(recipe, rank)
+    saved = _found(recipe, rank, model, dataset, accept)
     start = saved.step if saved else 0
-    together(rank, lambda: begin(recipe, start))
-    shards = manifest.manifest(feed.stream for feed in dataset.feeds)
-    together(rank, lambda: manifest.check(recipe.run, shards, accept))
-    together(rank, lambda: manifest.check_backbones(recipe.run, backbones))
-    if rank == 0:
-        forget(recipe.run)
     metrics = Metrics(
         recipe.run, recipe.steps, start, rank == 0, recipe.trackers, recipe.model_dump(mode="json")
     )
@@ -117,18 +100,26 @@ def _train(
         metrics.say(f"going on from {saved.path}")
     if (slow := slow_arithmetic(recipe)) is not None:
         metrics.say(slow)
-    company = _company(recipe, metrics, start, rank, world, stopping)
-    company.evaluate = partial(evaluate, model, processor, recipe.run, rank, world) if evaluate else None
+    company = FlamingoCompany.of(
+        recipe,
+        at,
+        metrics,
+        start,
+        nonfinite=NonFinite(recipe.run, recipe.max_skipped_steps, rank, metrics.say),
+        peak=_peak(recipe),
+        evaluate=partial(evaluate, model, processor, recipe.run, rank, world) if evaluate else None,
+    )
     try:
-        with company.watchdog:
-            _phases(recipe, objective, dataset, company, world, saved)
-            company.nonfinite.end(start)
+        _phases(recipe, objective, dataset, company, world, saved)
+        company.nonfinite.end(start)
     finally:
         metrics.close()
     seconds = time.monotonic() - began
     counts = _counts(model)
     del objective, cache, model, dataset, company
     gc.collect()  # the export makes the model anew: it need not be in memory twice
+
+    at.watchdog.beat(recipe.steps, "writing the model", PATIENCE)
 
     def end() -> None:
         if recipe.export:
@@ -138,24 +129,28 @@ def _train(
     together(rank, end)
 
 
-def _company(
-    recipe: Recipe, metrics: Metrics, start: int, rank: int, world: int, stopping: Stopping
-) -> FlamingoCompany:
-    peak = measured_peak(engine.device(), dtype_of(recipe.autocast))
-    checkpoints = Checkpoints(
-        recipe.run / "checkpoints", recipe.identity(), recipe.checkpoint_keep, recipe.checkpoint_background
-    )
-    return FlamingoCompany(
-        rank,
-        engine.device(),
-        metrics,
-        Faults(recipe.run, start, recipe.max_bad_samples, rank),
-        checkpoints,
-        stopping,
-        Watchdog(recipe.run, rank, world, recipe.watchdog_seconds),
-        NonFinite(recipe.run, recipe.max_skipped_steps, rank, metrics.say),
-        float(engine.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=engine.device()))),
-    )
+def _found(
+    recipe: Recipe, rank: int, model: FlamingoForConditionalGeneration, dataset: StepDataset, accept: bool
+) -> Saved | None:
+    """The checkpoint to go on from, once shards and backbones are seen to be those of the run."""
+    backbones = {
+        "model.vision": manifest.digest(model.vision_encoder.named_parameters()),  # type: ignore[union-attr]
+        "model.language": manifest.digest(model.language_model.named_parameters()),
+    }
+    shards = manifest.manifest(feed.stream for feed in dataset.feeds)
+    together(rank, lambda: manifest.check_backbones(recipe.run, backbones))
+    together(rank, lambda: manifest.check(recipe.run, shards, accept))
+    saved = newest(recipe, rank)
+    together(rank, lambda: begin(recipe, saved.step if saved else 0))
+    if rank == 0:
+        forget(recipe.run)
+    return saved
+
+
+def _peak(recipe: Recipe) -> float:
+    """FLOP/s of matrix products that all ranks reach together."""
+    peak = torch.tensor(measured_peak(engine.device(), dtype_of(recipe.autocast)), dtype=torch.float64)
+    return float(engine.sum_over_ranks(peak.to(engine.device())))
 
 
 def _load(recipe: Recipe, world: int) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
@@ -191,6 +186,7 @@ def _phases(
     packs, model = recipe.pack_tokens, objective.model
     start = saved.step if saved else 0
     for stop in (stop for stop in boundaries(recipe) if stop > start):
+        company.watchdog.beat(start, "making the engine", PATIENCE)
         wrapped = _phase(recipe, objective, world, saved)
         if packs and not model.packs():
             packs = 0

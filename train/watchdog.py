@@ -1,9 +1,9 @@
 """A rank that hangs is named, and the run ends, instead of all others waiting for it for ever.
 
-The loop beats at every phase of a step; a thread per rank watches the time since the last beat and
-publishes the beat at the store where the ranks met. When it is overdue, every rank writes its
-stacks to RUN/watchdog-rankN.txt and ends with status 70 (EX_SOFTWARE of sysexits.h); the first says
-which ranks are behind, and what each was doing. Nothing is watched before the first beat.
+A run beats at every phase, from loading to the export; a thread per rank watches the time since the
+last beat and publishes the beat at the store where the ranks met. When it is overdue, every rank
+writes its stacks to RUN/watchdog-rankN.txt and ends with status 70 (EX_SOFTWARE of sysexits.h); the
+first says which ranks are behind, and what each was doing. Nothing is watched before the first beat.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 STATUS = 70
+PATIENCE = 4.0  # times as long as usual: a first step, loading, a checkpoint
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 NAMED = 8  # groups of ranks that a message names
 STORE_SECONDS = 30.0
@@ -63,7 +64,7 @@ class Watchdog:
     def beat(self, step: int, phase: str, patience: float = 1.0) -> None:
         """This rank begins a phase, or is getting on within one that takes long (evaluation, writing).
 
-        patience: times as long as usual until the next beat; for a first step that compiles.
+        patience: times as long as usual until the next beat; PATIENCE for what takes long.
         """
         last = self._beat
         same = last is not None and (last.step, last.phase) == (step, phase)

@@ -218,6 +218,19 @@ def test_a_locked_image_tower_keeps_its_weights_and_the_texts_learn(folder):
     assert changed and not [name for name in changed if name.startswith("visual.")]
 
 
+def test_a_run_goes_on_only_with_the_weights_that_its_lock_keeps(folder):
+    in_ranks(1, folder / "1", run_through, fields(folder, run=str(folder / "first")))
+    given = fields(folder, model={"name": str(folder / "first" / "model"), "lock_image": True})
+    in_ranks(1, folder / "2", run_through, given)
+    in_ranks(1, folder / "3", run_through, fields(folder, run=str(folder / "other"), seed=1))
+    again = half_done(given, str(folder / "again"))
+    shutil.copytree(folder / "other" / "model", folder / "first" / "model", dirs_exist_ok=True)
+    with pytest.raises(
+        AssertionError, match=r"model\.name: the weights are not those that .*again began with"
+    ):
+        in_ranks(1, folder / "4", run_through, again, True)
+
+
 def test_decay_acts_on_matrices_only():
     model: Any = build(EncoderConfig.model_validate(MODEL), "siglip").model
     decayed, spared = groups(model, 0.2)

@@ -106,7 +106,8 @@ def test_a_run_goes_on_with_other_shards_only_when_told(world: Path, trained: Pa
     shutil.rmtree(run / "checkpoints" / "step-000004")
     added = shards / "pairs-000009.tar"
     shutil.copy(sorted(shards.glob("pairs-*.tar"))[0], added)
-    done = cli(*first, "--resume")
+    done = cli(*first, "--resume", "log_every=2")
     assert done.returncode != 0 and "shard pairs-000009.tar of source 'captions' was added" in done.stderr
+    assert not (run / "changes.jsonl").exists()  # it did not go on with another setting
     done = cli(*first, "--resume", "--accept-changed-shards")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -49,20 +49,20 @@ def test_a_run_goes_on_only_with_the_weights_that_it_began_with(tmp_path):
     """Of the same shapes and names, under the same path."""
     torch.manual_seed(0)
     one, other = (nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2, bias=False)) for _ in range(2))
-    now = {"model.vision": digest(one), "model.language": digest(one)}
+    now = {"model.vision": digest(one.named_parameters()), "model.language": digest(one.named_parameters())}
     check_backbones(tmp_path, now)
-    check_backbones(tmp_path, {name: digest(one) for name in now})
+    check_backbones(tmp_path, {name: digest(one.named_parameters()) for name in now})
     with pytest.raises(
         ValueError, match=r"model\.language: the weights are not those .* began with.*run=FOLDER"
     ):
-        check_backbones(tmp_path, {**now, "model.language": digest(other)})
+        check_backbones(tmp_path, {**now, "model.language": digest(other.named_parameters())})
 
 
 def test_a_digest_is_of_all_tensors_and_of_no_adapter():
     module = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2, bias=False))
-    before = digest(module)
+    before = digest(module.named_parameters())
     module.lora_a = nn.Linear(2, 2)
-    assert digest(module) == before
+    assert digest(module.named_parameters()) == before
     with torch.no_grad():
         module[1].weight += 1
-    assert digest(module) != before
+    assert digest(module.named_parameters()) != before

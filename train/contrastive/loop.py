@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flamingo.data.draws import draw
 from flamingo.data.steps import step_loader
-from flamingo.train.company import PATIENCE, Company
+from flamingo.train.company import Company
 from flamingo.train.contrastive.config import ContrastiveRecipe
 from flamingo.train.contrastive.data import PairBatch, Pairs
 from flamingo.train.contrastive.held_out import HeldOut
@@ -26,6 +26,7 @@ from flamingo.train.group import SharedError
 from flamingo.train.moments import Moments
 from flamingo.train.optim import learning_rate
 from flamingo.train.precision import LossScale
+from flamingo.train.watchdog import PATIENCE
 
 LARGEST_SCALE = math.log(100)  # of the logits: beyond it training became unstable (Radford et al. 2021, 2.5)
 

@@ -8,18 +8,16 @@ import torch
 
 from flamingo.data.stream import Stream
 from flamingo.train import engine, manifest
-from flamingo.train.checkpoint import Checkpoints
 from flamingo.train.contrastive.config import ContrastiveRecipe
 from flamingo.train.contrastive.data import Pairs
 from flamingo.train.contrastive.encoder import DualEncoder, build, export, lock
 from flamingo.train.contrastive.held_out import HeldOut
 from flamingo.train.contrastive.loop import EncoderCompany, Trained, Trainer
 from flamingo.train.contrastive.loss import Contrastive
-from flamingo.train.faults import Faults
 from flamingo.train.metrics import Metrics
 from flamingo.train.opening import alike, begin, newest, opened, together, write_summary
 from flamingo.train.stopping import Stopping, forget
-from flamingo.train.watchdog import Watchdog
+from flamingo.train.watchdog import PATIENCE
 
 
 def train(
@@ -34,7 +32,8 @@ def train(
     listens to signals. Raises Stopped when the run is asked to stop, with a checkpoint.
     """
     began = time.monotonic()
-    with opened(recipe, resume, stopping) as (rank, world, heard):
+    with opened(recipe, resume, stopping) as at:
+        rank, world = at.rank, at.world
         with alike():
             encoder = open_encoder(recipe)
             pairs = open_pairs(recipe, encoder, rank, world)
@@ -45,21 +44,26 @@ def train(
         if saved:
             with alike():
                 trained.restore(saved)
-        together(rank, lambda: begin(recipe, start))
+        locked = [(name, p) for name, p in encoder.model.named_parameters() if not p.requires_grad]
+        towers = {"model.name": manifest.digest(locked)} if locked else {}
+        together(rank, lambda: manifest.check_backbones(recipe.run, towers))
         shards = manifest.manifest([pairs.stream])
         together(rank, lambda: manifest.check(recipe.run, shards, accept_changed_shards))
+        together(rank, lambda: begin(recipe, start))
         if rank == 0:
             forget(recipe.run)
-        company = _company(recipe, start, rank, world, heard, held_out)
+        settings = recipe.model_dump(mode="json")
+        metrics = Metrics(recipe.run, recipe.steps, start, rank == 0, recipe.trackers, settings)
+        company = EncoderCompany.of(recipe, at, metrics, start, held_out=held_out)
         if saved:
-            company.metrics.say(f"going on from {saved.path}")
+            metrics.say(f"going on from {saved.path}")
         loss = Contrastive(recipe.loss, recipe.equal_captions, rank, world)
         trainer = Trainer(recipe, trained, loss, pairs, company)
         try:
-            with company.watchdog:
-                trainer.run(start)
+            trainer.run(start)
         finally:
-            company.metrics.close()
+            metrics.close()
+        at.watchdog.beat(recipe.steps, "writing the model", PATIENCE)
         if rank == 0:
             _finish(recipe, encoder, trainer, world, start, time.monotonic() - began)
         torch.distributed.barrier()
@@ -80,30 +84,6 @@ def open_pairs(recipe: ContrastiveRecipe, encoder: DualEncoder, rank: int, world
     transform = encoder.transform
     stream = Stream(recipe.data.source(), recipe.seed, image_side=transform.size)
     return Pairs(stream, transform, encoder.tokenizer, recipe.data.batch, rank, world)
-
-
-def _company(
-    recipe: ContrastiveRecipe,
-    start: int,
-    rank: int,
-    world: int,
-    stopping: Stopping,
-    held_out: HeldOut | None,
-) -> EncoderCompany:
-    settings = recipe.model_dump(mode="json")
-    checkpoints = Checkpoints(
-        recipe.run / "checkpoints", recipe.identity(), recipe.checkpoint_keep, recipe.checkpoint_background
-    )
-    return EncoderCompany(
-        rank,
-        engine.device(),
-        Metrics(recipe.run, recipe.steps, start, rank == 0, recipe.trackers, settings),
-        Faults(recipe.run, start, recipe.max_bad_samples, rank),
-        checkpoints,
-        stopping,
-        Watchdog(recipe.run, rank, world, recipe.watchdog_seconds),
-        held_out,
-    )
 
 
 def _finish(
