@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,15 +48,30 @@ def run(
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        arguments = (command[2:], os.fspath(cwd or os.getcwd()), env, out, err)
-        process = multiprocessing.get_context("forkserver").Process(target=_begin, args=arguments)
-        process.start()
+        process = start(module, *command[3:], cwd=cwd, env=env, out=out, err=err)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(command, timeout, out.read_bytes(), err.read_bytes())
         return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
+
+
+def start(
+    module: str,
+    *words: str | os.PathLike[str],
+    out: Path,
+    err: Path,
+    cwd: str | os.PathLike[str] | None = None,
+    env: dict[str, str] | None = None,
+) -> BaseProcess:
+    """`python -m module words...` as `run` has it, while we go on. out, err: files for its output."""
+    command = [module, *(os.fspath(word) for word in words)]
+    arguments = (command, os.fspath(cwd or os.getcwd()), dict(os.environ if env is None else env), out, err)
+    context: Any = multiprocessing.get_context(METHOD)
+    process = context.Process(target=_begin, args=arguments)
+    process.start()
+    return process
 
 
 def take_environment(env: dict[str, str]) -> None:
@@ -70,6 +86,7 @@ def _begin(command: list[str], cwd: str, env: dict[str, str], out: Path, err: Pa
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)
     take_environment(env)
+    multiprocessing.set_start_method(None, force=True)  # Python's own again, not that of our server
     subprocess.Popen = Forked
     _main(command)
 

@@ -53,4 +53,21 @@ def run(arguments: argparse.Namespace, act: Act) -> int:
         if rank == 0 or not isinstance(error, group.SharedError):
             print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 1
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        print(
+            f"error (rank {rank}): lost another rank, which has ended or cannot be reached (what it said "
+            f"tells why): {str(error).splitlines()[0]}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     return 0
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether a collective failed for what became of another rank; gloo has no class for it."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo/transport" in str(error)

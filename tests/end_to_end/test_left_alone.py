@@ -15,14 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from flamingo.train.watchdog import COLLECTIVES
+from tests.end_to_end.runs import records, same
 
 STEPS = 100
 SETTINGS = ["blank_every=0", "checkpoint_every=10", "workers=1", "feature_cache_gb=0", f"steps={STEPS}"]
-KEPT = ("step", "loss", "lr", "grad_norm", "samples", "tokens")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CLI = [sys.executable, "-m", "flamingo.cli", "train", "--processes", "2"]
 
@@ -48,13 +46,6 @@ def ended(process: subprocess.Popen, status: int) -> str:
     return said
 
 
-def records(run: Path) -> list[dict]:
-    """What was measured, of complete lines."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [{k: json.loads(line)[k] for k in KEPT} for line in lines if line.endswith("\n")]
-
-
 def wait_for(process: subprocess.Popen, run: Path, steps: int) -> None:
     """Until the run has taken so many steps."""
     until = time.monotonic() + 200
@@ -70,13 +61,6 @@ def rank(process: subprocess.Popen, number: int) -> psutil.Process:
         if child.environ().get("RANK") == str(number) and parent and "RANK" not in parent.environ():
             return child
     raise AssertionError(f"no rank {number}")
-
-
-def same(run: Path, other: Path) -> None:
-    assert [record["step"] for record in records(run)] == list(range(1, STEPS + 1))
-    assert records(run) == records(other)
-    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (run, other))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +83,7 @@ def test_a_rank_that_is_killed_under_torchrun_leads_to_a_resumed_run(job, tmp_pa
         rank(process, 1).kill()
         said = ended(process, 0)
     assert "going on from" in said
-    same(tmp_path / "run", unbroken)
+    same(tmp_path / "run", unbroken, STEPS)
 
 
 @pytest.mark.slow
@@ -117,7 +101,7 @@ def test_a_run_that_is_asked_to_stop_ends_with_75_and_goes_on(number, job, tmp_p
     with running(*CLI, *job, "--resume") as process:
         ended(process, 0)
     assert not (run / "stopped.json").exists()
-    same(run, unbroken)
+    same(run, unbroken, STEPS)
 
 
 @pytest.mark.slow

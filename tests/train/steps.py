@@ -196,17 +196,3 @@ def all_unbroken(folder: str, settings: list[dict[str, Any]], steps: int, cut: i
 
 def all_going_on(folder: str, settings: list[dict[str, Any]], steps: int) -> list[Any]:
     return [going_on(f"{folder}/{number}", fields, steps) for number, fields in enumerate(settings)]
-
-
-def to_the_end(folder: str, steps: int, every: int) -> dict[str, torch.Tensor]:
-    """From the newest checkpoint to the last step, a checkpoint after every few; the weights."""
-    given = recipe(optimizer={"lr": 1e-2, "warmup_steps": 0}, zero_stage=2)
-    path = newest(Path(folder), given.identity())
-    saved = Saved(path) if path else None
-    engine = engine_of(given, saved=saved)
-    checkpoints = Checkpoints(Path(folder), given.identity())
-    for step in range(saved.step if saved else 0, steps):
-        take_step(engine, given, step)
-        if (step + 1) % every == 0:
-            checkpoints.save(engine, step + 1)
-    return weights(engine)
