@@ -13,8 +13,11 @@ Interval = list[float]
 
 
 def percent(share: float) -> str:
-    """0.9717 -> 97.2 %"""
-    return f"{100 * share:.1f}\u00a0%"
+    """0.9717 -> 97.2 %; only all is 100 %, and only nothing 0: 0.99979 -> 99.98 %"""
+    digits = 1
+    while share not in (0, 1) and f"{100 * share:.{digits}f}" in (f"{100:.{digits}f}", f"{0:.{digits}f}"):
+        digits += 1
+    return f"{100 * share:.{digits}f}\u00a0%"
 
 
 def short(value: float) -> str:

@@ -16,7 +16,7 @@ from flamingo.train.watchdog import STATUS
 from tests.train.ranks import start
 
 HANGS = {"open_data": (1, "opening the data"), "export_run": (0, "writing the model")}
-SECONDS = 2  # four times as long for both
+SECONDS = 3  # four times as long for both
 
 
 def hang(path: str, run: str, name: str) -> None:

@@ -141,7 +141,7 @@ def test_a_live_run_keeps_another_out_of_its_folder(job, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_and_the_run_ends_with_70(job, tmp_path):
-    with running(*CLI, *job, "watchdog_seconds=4") as process:
+    with running(*CLI, *job, "watchdog_seconds=8") as process:
         wait_for(process, tmp_path / "run", 15)
         rank(process, 1).suspend()
         said = ended(process, 70)

@@ -324,3 +324,9 @@ def test_brings_no_model_code():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_all_answers_are_a_hundred_percent_and_only_none_is_zero():
+    told = {share: findings.percent(share) for share in (0, 0.00001, 0.5, 0.99949, 9671 / 9673, 1)}
+    shown = [percent.replace("\u00a0", " ") for percent in told.values()]
+    assert shown == ["0.0 %", "0.001 %", "50.0 %", "99.9 %", "99.98 %", "100.0 %"]
