@@ -31,16 +31,17 @@ from flamingo.train.precision import LossScale
 def join_group(hang_seconds: float = 0.0) -> tuple[int, int]:
     """Join the process group that the launcher announced: (rank, world size).
 
-    hang_seconds: after which the watchdog speaks of a rank that hangs (0: never); collectives wait
-    longer, so that it is the watchdog that ends the run.
+    hang_seconds: after which the watchdog speaks of a rank that hangs (0: never). So long the ranks wait
+    for each other here; collectives wait longer, so that it is the watchdog that ends the run.
 
-    Raises ValueError for ranks that contradict themselves or have no GPU.
+    Raises ValueError for ranks that contradict themselves or have no GPU, DistError where one does
+    not come.
     """
     import deepspeed
 
     timeout = timedelta(seconds=4 * hang_seconds + 600) if hang_seconds else timedelta(days=7)
     if not torch.distributed.is_initialized():
-        _meet(timeout)
+        _meet(timedelta(seconds=hang_seconds) if hang_seconds else timeout, timeout)
     if not torch.cuda.is_available():
         # On a CPU, DeepSpeed compiles a shared-memory op that training never calls: that would
         # need a compiler, and half a minute at the first start.
@@ -49,11 +50,11 @@ def join_group(hang_seconds: float = 0.0) -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _meet(timeout: timedelta) -> None:
+def _meet(come: timedelta, timeout: timedelta) -> None:
     """The ranks find each other, and that their devices are of one kind, before they wait in collectives."""
     me = group.member(os.environ)
     group.announce(me, os.environ)
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store, _, _ = next(rendezvous("env://", timeout=come))
     group.check_alike(me, torch.cuda.is_available(), store)
     if torch.cuda.is_available():
         group.check_device(me, torch.cuda.device_count())

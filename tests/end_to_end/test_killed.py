@@ -19,6 +19,7 @@ from tests.train.ranks import free_port
 STEPS_A_LIFE = 12  # more than ranks come nearer to the end before they are killed
 SECONDS = 120  # in which a life has begun, and ended
 SETTINGS = ["checkpoint_every=2", "blank_every=50", "workers=1", "feature_cache_gb=0"]
+SETTINGS += ["watchdog_seconds=15"]  # that a rank waits for one that was killed before they met
 SETTINGS += ["autocast=float32", "model.frozen_dtype=float32"]  # fast on any processor
 # What decides where a checkpoint's tensors are, how gradients are added up, and who writes.
 WAYS = {
