@@ -25,6 +25,7 @@ from flamingo.eval.charts import Curve
 LETTERS = "ABCDEFGH"
 TAIL = 20  # steps that a final figure is the mean of
 ABSENT = "not set"
+COUNTS = ("pictures", "captions", "left_out")  # that held-out scores of an encoder are of
 
 
 @dataclass
@@ -244,6 +245,7 @@ def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
         "losses": loss_charts(runs),
         "sections": [part for part in (_looking(runs), _learning(runs), _speed(runs)) if part[1]],
         "settings": comparison["settings"],
+        "unit": "target token" if any("sources" in run.recipe or not run.recipe for run in runs) else "pair",
         "absent": ABSENT,
     }
     environment = page.environment()
@@ -312,8 +314,12 @@ def _all_numbers(values: Any) -> bool:
 
 
 def _learning(runs: Sequence[Run]) -> tuple[str, Charts]:
-    """Learning rates and gradient norms, of the whole and of each group."""
+    """Scores while it trained, learning rates and gradient norms, of the whole and of each group."""
+    batch = "% of a batch whose caption is the most alike"
     return "How it learns", [
+        *_charts(runs, "scores", "Score", "of the evaluations while it trained", smooth=False),
+        *_charts(runs, "accuracy", "Right captions", batch, scale=100),
+        *_charts(runs, "logit_scale", "Scale of the logits", smooth=False),
         *_charts(runs, "grad_norm", "Gradient norm", "of all trained weights, before clipping", log=True),
         *_charts(runs, "grad_norms", "Gradient norm", log=True),
         *_charts(runs, "lr", "Learning rate", smooth=False),
@@ -349,9 +355,8 @@ def _charts(
 
     None where no run has it. smooth: with its running mean.
     """
-    parts = dict.fromkeys(
-        part for run in runs for record in run.records for part in _mapping(record.get(key))
-    )
+    every = (part for run in runs for record in run.records for part in _mapping(record.get(key)))
+    parts = dict.fromkeys(part for part in every if part not in COUNTS)
     drawn: Charts = []
     for part in (None, *parts):
         named = title if part is None else f"{title}: {str(part).replace('_', ' ')}"

@@ -56,6 +56,14 @@ def write_report(run: Path) -> Path:
     return run / "report.html"
 
 
+def has_page(run: Path) -> bool:
+    """Whether one run has a page of its own: it has ended, and what it trained answers (no encoder does)."""
+    if not (run / "metrics.jsonl").exists():
+        return True  # which says what is missing
+    _, recipe = read_recipe(run / "recipe.yaml")
+    return (run / "train.json").exists() and (not recipe or "sources" in recipe)
+
+
 # ---- reading -----------------------------------------------------------------------------------
 
 

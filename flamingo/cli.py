@@ -132,15 +132,15 @@ def report(
 ) -> None:
     """Write report.html and report.json of a run: figures, curves, and where the model looked.
 
-    Of several runs, and of one that goes on or was stopped: compare.html and compare.json, the
-    curves over each other, the final figures and the settings that differ.
+    Of several runs, of one that goes on or was stopped, and of an encoder (`flamingo clip train`):
+    compare.html and compare.json, the curves over each other, the final figures and the settings
+    that differ.
     """
     from flamingo.eval.compare import write_comparison
-    from flamingo.eval.report import write_report
+    from flamingo.eval.report import has_page, write_report
 
     with plain_errors():
-        finished = (runs[0] / "train.json").exists() or not (runs[0] / "metrics.jsonl").exists()
-        one = len(runs) == 1 and finished and out is None
+        one = len(runs) == 1 and out is None and has_page(runs[0])
         typer.echo(f"{write_report(runs[0]) if one else write_comparison(runs, out)}")
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from flamingo.eval.compare import read_records, short_names, write_comparison  # noqa: E402
+from flamingo.eval.report import has_page  # noqa: E402
 
 EVIL = '<script>alert("x")</script><img src=https://evil.example/x.png>'
 STEPS = 24
@@ -159,6 +160,47 @@ def test_every_figure_that_a_run_has_is_drawn(looks: Path, blind: Path):
         "Share of the peak",
         "Model TFLOP/s",
         "Memory",
+    ]
+
+
+def test_scores_while_it_trained_are_drawn(looks: Path, tmp_path: Path):
+    scored = [
+        record(step, 1.0, **({"scores": {"vqa": 50.0 + step}} if step % 8 == 0 else {}))
+        for step in (7, 8, 16)
+    ]
+    (looks / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in scored))
+    assert 'aria-label="Score: vqa over the steps"' in write_comparison([looks], tmp_path).read_text()
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A run of `flamingo clip train` that has ended."""
+    run = tmp_path / "encoder"
+    run.mkdir()
+    scores = {"image_to_text": 0.5, "text_to_image": 0.4, "chance": 0.1, "pictures": 30, "captions": 10}
+    told = {"accuracy": 0.25, "logit_scale": 14.2, "lr": 1e-3, "grad_norm": 1.0, "seconds": 1.0, "samples": 8}
+    steps = [{"step": step, "loss": {"contrastive": 2.0 / step}, **told} for step in (1, 2, 3)]
+    steps[-1]["scores"] = scores
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in steps))
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"run": "x", "steps": 3, "data": {"batch": 8}}))
+    train = {"steps": 3, "ranks": 1, "device": "cpu", "train_seconds": 4.0}
+    (run / "train.json").write_text(json.dumps({**train, "trained_parameters": 9, "frozen_parameters": 0}))
+    return run
+
+
+def test_one_run_of_an_encoder_has_a_page_of_its_own_figures(encoder: Path):
+    assert not has_page(encoder)
+    page = write_comparison([encoder]).read_text()
+    assert "In nats per pair." in page and "blanked images. The distance" not in page
+    assert re.findall(r'aria-label="([^"]*) over the steps"', page) == [
+        "Loss of contrastive",
+        "Score: image to text",
+        "Score: text to image",
+        "Score: chance",
+        "Right captions",
+        "Scale of the logits",
+        "Gradient norm",
+        "Learning rate",
     ]
 
 
