@@ -135,8 +135,8 @@ class RunConfig(Section):
         1800.0,
         ge=0,
         description="a step that takes longer: the ranks that hang are named, the run ends; as long ranks "
-        "wait for each other at the start; four times as long for loading, the first step, data, a checkpoint, "
-        "an evaluation, the export; 0: never",
+        "wait for each other at the start; four times as long for loading, the first step, data, a "
+        "checkpoint, an evaluation, the export; 0: never",
     )
 
     def identity(self) -> dict[str, Any]:
