@@ -56,6 +56,7 @@ def _meet(come: timedelta, timeout: timedelta) -> None:
     group.announce(me, os.environ)
     store, _, _ = next(rendezvous("env://", timeout=come))
     group.check_alike(me, torch.cuda.is_available(), store)
+    store.set_timeout(timeout)  # later groups of ranks meet there, too
     if torch.cuda.is_available():
         group.check_device(me, torch.cuda.device_count())
         torch.cuda.set_device(me.local_rank)
