@@ -56,9 +56,10 @@ def run(arguments: argparse.Namespace, act: Act) -> int:
     except RuntimeError as error:
         if not _lost(error):
             raise
+        told = " ".join(str(error).split("\nException raised from")[0].split())  # without torch's own stack
         print(
             f"error (rank {rank}): lost another rank, which has ended or cannot be reached (what it said "
-            f"tells why): {str(error).splitlines()[0]}",
+            f"tells why): {told}",
             file=sys.stderr,
             flush=True,
         )
