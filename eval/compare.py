@@ -245,7 +245,7 @@ def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
         "losses": loss_charts(runs),
         "sections": [part for part in (_looking(runs), _learning(runs), _speed(runs)) if part[1]],
         "settings": comparison["settings"],
-        "unit": "target token" if any("sources" in run.recipe or not run.recipe for run in runs) else "pair",
+        "unit": "target token" if any(report.answers(run.recipe) for run in runs) else "pair",
         "absent": ABSENT,
     }
     environment = page.environment()
@@ -317,7 +317,9 @@ def _learning(runs: Sequence[Run]) -> tuple[str, Charts]:
     """Scores while it trained, learning rates and gradient norms, of the whole and of each group."""
     batch = "% of a batch whose caption is the most alike"
     return "How it learns", [
-        *_charts(runs, "scores", "Score", "of the evaluations while it trained", smooth=False),
+        *_charts(
+            runs, "scores", "Score", "of the evaluations while it trained", smooth=False, without=COUNTS
+        ),
         *_charts(runs, "accuracy", "Right captions", batch, scale=100),
         *_charts(runs, "logit_scale", "Scale of the logits", smooth=False),
         *_charts(runs, "grad_norm", "Gradient norm", "of all trained weights, before clipping", log=True),
@@ -350,13 +352,14 @@ def _charts(
     scale: float = 1.0,
     log: bool = False,
     smooth: bool = True,
+    without: Sequence[str] = (),
 ) -> Charts:
     """One chart of a figure, or one for each part of a figure that has parts (groups of weights).
 
-    None where no run has it. smooth: with its running mean.
+    None where no run has it. smooth: with its running mean; without: parts that are not drawn.
     """
     every = (part for run in runs for record in run.records for part in _mapping(record.get(key)))
-    parts = dict.fromkeys(part for part in every if part not in COUNTS)
+    parts = dict.fromkeys(part for part in every if part not in without)
     drawn: Charts = []
     for part in (None, *parts):
         named = title if part is None else f"{title}: {str(part).replace('_', ' ')}"

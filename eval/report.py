@@ -61,7 +61,12 @@ def has_page(run: Path) -> bool:
     if not (run / "metrics.jsonl").exists():
         return True  # which says what is missing
     _, recipe = read_recipe(run / "recipe.yaml")
-    return (run / "train.json").exists() and (not recipe or "sources" in recipe)
+    return (run / "train.json").exists() and answers(recipe)
+
+
+def answers(recipe: dict[str, Any]) -> bool:
+    """Whether a run of this recipe trains what answers: an encoder's has no sources. Without one: yes."""
+    return not recipe or "sources" in recipe
 
 
 # ---- reading -----------------------------------------------------------------------------------

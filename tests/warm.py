@@ -48,7 +48,7 @@ def run(
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = start(module, *command[3:], cwd=cwd, env=env, out=out, err=err)
+        process = start(module, *words, cwd=cwd, env=env, out=out, err=err)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -170,7 +170,7 @@ def step_loader(dataset: Dataset[V], start: int, stop: int, workers: int = 0) ->
         generator=torch.Generator(),  # its own: the trainer's random numbers stay as they are
         worker_init_fn=_outlive_signals,
     )
-    with _held_back():
+    with _held_back() if workers else nullcontext():
         return iter(loader)
 
 
